@@ -1,0 +1,1 @@
+"""What every other layer stands on: keys by name and step, named pytree leaves, errors with exit codes."""
