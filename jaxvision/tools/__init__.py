@@ -1,0 +1,1 @@
+"""Small commands: ``python -m jaxvision.tools.<name> --help``."""

@@ -1,0 +1,139 @@
+"""Brings PyTorch weights in: checks that they fit a network exactly, and writes them as one of our files.
+
+    python -m jaxvision.tools.import_weights --from resnet50.pth --model resnet50 --to resnet50.safetensors
+    python -m jaxvision.tools.import_weights --from resnet20.safetensors --model resnet20 --check --images test.npz
+
+Nothing in the file is executed. Exit codes: 0 done, 64 a file or an option that is wrong.
+"""
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from jaxvision.core import trees
+from jaxvision.core.errors import ConfigError, DataError, JaxvisionError
+from jaxvision.models import torch_import, zoo
+
+_BATCH = 128
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    try:
+        run(_parser().parse_args(arguments))
+    except JaxvisionError as error:
+        print(f"import_weights: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, metavar="FILE", help="the .safetensors, .pth, .pt, ... file")
+    add("--model", required=True, metavar="NAME", help="the network, for example resnet50 or deit_tiny_patch16_224")
+    add("--num_classes", type=int, metavar="N", help="default: as many as the file's classifier has")
+    add("--to", type=Path, metavar="OUT.safetensors", help="write the converted weights there")
+    add("--check", action="store_true", help="convert, run a fixed input through the network, print what came out")
+    add("--images", type=Path, metavar="FILE.npz", help="classify its `image` (N,H,W,C uint8) and compare with `label`")
+    add("--drop", action="append", default=[], metavar="KEY", help="a tensor or module of the file to leave out")
+    add("--skip_unknown", action="store_true", help="pass over objects in a PyTorch file that are no weights")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Converts, then checks, classifies and writes as the options say.
+
+    Raises:
+      ConfigError, DataError: see :mod:`jaxvision.models.torch_import`.
+    """
+    if not (options.to or options.check or options.images):
+        raise ConfigError("nothing to do: give --to OUT.safetensors, --check or --images FILE.npz")
+    if options.to and options.to.suffix != ".safetensors":
+        raise ConfigError(f"--to {options.to} must end in .safetensors")
+    name, spec = options.model, zoo.spec(options.model)
+    state = torch_import.load_state_dict(options.source, name, skip_unknown=options.skip_unknown)
+    num_classes = options.num_classes
+    if num_classes is None:
+        num_classes = torch_import.classifier_size(name, state)
+    model = zoo.build(name, num_classes=num_classes)
+    template = zoo.variable_shapes(model, spec.input_size)
+    try:
+        variables = torch_import.convert(name, state, template, drop=options.drop)
+    except DataError as error:
+        raise DataError(f"{options.source}: {error}") from error
+    dropped = [key for key in state if torch_import.is_dropped(key, options.drop)]
+    print(f"{name}: {trees.count_parameters(variables['params']):,} parameters, {num_classes} classes")
+    print(f"dropped keys: {', '.join(dropped) or 'none'}")
+    apply = jax.jit(lambda variables, images: model.apply(variables, images))
+    if options.check:
+        print(check(apply, variables, spec.input_size))
+    if options.images:
+        print(classify(apply, variables, spec, options.images))
+    if options.to:
+        torch_import.save_variables(options.to, variables, {"model": name, "num_classes": num_classes})
+        print(f"wrote {options.to}")
+
+
+def check(apply: Any, variables: Any, input_size: tuple[int, int]) -> str:
+    """One line about the logits of a fixed input, float32 [2, H, W, 3] standard normal from NumPy's seed 0.
+
+    Raises:
+      DataError: the logits are not finite.
+    """
+    images = np.random.default_rng(0).standard_normal((2, *input_size, 3)).astype(np.float32)
+    logits = np.asarray(apply(variables, images), np.float64)
+    if not np.isfinite(logits).all():
+        raise DataError("the network's output for a fixed input is not finite: the weights hold NaN or infinite values")
+    total, size = logits.sum(), np.abs(logits).mean()
+    return f"logits of a fixed input: shape {logits.shape}, finite, sum {total:.5g}, mean magnitude {size:.5g}"
+
+
+def classify(apply: Any, variables: Any, spec: zoo.Spec, path: Path) -> str:
+    """Top-1 of the images in an npz file, normalised as the network wants them.
+
+    Raises:
+      DataError: the file is missing or damaged, or its arrays don't fit the network.
+    """
+    images, labels = _read_images(path, spec.input_size)
+    mean, std = np.float32(spec.mean), np.float32(spec.std)
+    right = 0
+    for start in range(0, len(images), _BATCH):
+        part = (images[start : start + _BATCH].astype(np.float32) / 255 - mean) / std
+        real = len(part)
+        # The last batch is filled up so that there is one compiled program.
+        part = np.concatenate([part, np.zeros((_BATCH - real, *part.shape[1:]), np.float32)])
+        predicted = np.argmax(np.asarray(apply(variables, part))[:real], -1)
+        right += int(np.sum(predicted == labels[start : start + real]))
+    return f"top-1: {right} of {len(images)} right ({100 * right / len(images):.2f} %)"
+
+
+def _read_images(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["image"], file["label"]
+    except KeyError as error:
+        raise DataError(f"{path}: {error.args[0]}; --images wants the arrays `image` and `label`") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} can't be read as an npz file ({error})") from error
+    if images.dtype != np.uint8 or images.shape[1:] != (*size, 3) or not len(images):
+        wanted = f"uint8 (N, {size[0]}, {size[1]}, 3)"
+        raise DataError(f"{path}: `image` is {images.dtype} {images.shape}, but the network takes {wanted}")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{path}: `label` is {labels.dtype} {labels.shape}, but must be integers ({len(images)},)")
+    return images, labels
+
+
+if __name__ == "__main__":
+    sys.exit(main())
