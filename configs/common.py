@@ -1,0 +1,131 @@
+"""The blocks that the configurations of several methods share, with their defaults.
+
+Each function returns a ``ConfigDict`` whose fields are explained where they are read: the engine's in
+``jaxvision/engine/options.py``, ``data`` in ``engine/datasets.py``, the others in ``engine/recipes.py``.
+"""
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from jaxvision.core.errors import ConfigError, unknown
+from jaxvision.engine import options
+
+
+def engine(**changes) -> ConfigDict:
+    """seed, parallel, log_every, save_every, keep_last, keep_best, tensorboard; a config starts from these."""
+    return _update(ConfigDict(options.defaults()), changes)
+
+
+def data(source: str, *, augment: dict | None = None, options: dict | None = None, **changes) -> ConfigDict:
+    """A ``data`` block; ``augment`` changes fields of its block of that name, ``options`` go to the source."""
+    block = ConfigDict(
+        {
+            "source": source,
+            "path": "",
+            "options": options or {},
+            "train_split": "train",
+            "eval_split": "test",
+            "batch_size": 128,
+            "eval_batch_size": 256,
+            "pipeline": "array",
+            "size": 0,
+            "mean": (),
+            "std": (),
+            "augment": {
+                "crop_padding": 0,
+                "flip": False,
+                "scale": (0.08, 1.0),
+                "jitter": 0.0,
+                "rand_augment": 0.0,
+                "erasing": 0.0,
+            },
+        }
+    )
+    _update(block.augment, augment or {})
+    return _update(block, changes)
+
+
+def digits(**changes) -> ConfigDict:
+    """scikit-learn's handwritten digits, 8x8 grey in 0..1, shifted to -1..1: 1,297 for training, 500 for testing."""
+    return data("digits", mean=(0.5,), std=(0.5,), **changes)
+
+
+def cifar(num_classes: int = 10, **changes) -> ConfigDict:
+    """CIFAR with the standard augmentation: 4 pixels of padding, random crop, mirror. ``path`` is for the user."""
+    return data(f"cifar{num_classes}", augment={"crop_padding": 4, "flip": True}, **changes)
+
+
+def imagenet(augment: dict | None = None, **changes) -> ConfigDict:
+    """ImageNet-1k as ``<path>/train/<class>/*`` and ``<path>/val/<class>/*``. ``path`` is for the user."""
+    return data("imagenet", augment=augment, pipeline="imagenet", eval_split="val", **changes)
+
+
+def model(name: str, *, settings: dict | None = None, **changes) -> ConfigDict:
+    """A ``model`` block; ``settings`` are attributes of the network, such as ``drop_path_rate``."""
+    block = {
+        "name": name,
+        "settings": settings or {},
+        "dtype": "float32",
+        "num_classes": placeholder(int),
+        "init_from": "",
+        "init_keep": (),
+    }
+    return _update(ConfigDict(block), changes)
+
+
+def optimizer(name: str, lr: float, *, schedule: dict | None = None, **changes) -> ConfigDict:
+    """An ``optimizer`` block; ``schedule`` changes fields of its block of that name (default: cosine to 0)."""
+    block = ConfigDict(
+        {
+            "name": name,
+            "lr": lr,
+            "momentum": 0.9,
+            "nesterov": False,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "no_decay": (),
+            "clip_norm": 0.0,
+            "accumulate": 1,
+            "schedule": {
+                "name": "cosine",
+                "warmup_epochs": 0.0,
+                "warmup_lr": 0.0,
+                "end_lr": 0.0,
+                "milestones": (),
+                "gamma": 0.1,
+                "power": 0.9,
+                "per_epoch": False,
+            },
+        }
+    )
+    _update(block.schedule, schedule or {})
+    return _update(block, changes)
+
+
+def ema(decay: float = 0.0, *, warmup: bool = False) -> ConfigDict:
+    """An ``ema`` block: the moving average of the weights; decay 0 keeps none."""
+    return ConfigDict({"decay": decay, "warmup": warmup})
+
+
+def unknown_preset(preset: str, known: Iterable[str]) -> ConfigError:
+    """The error for a preset that a configuration file doesn't have."""
+    return unknown("preset", preset, known)
+
+
+def finish(config: ConfigDict) -> ConfigDict:
+    """The configuration locked: an override of a field that doesn't exist is an error."""
+    return config.lock()
+
+
+def _update(block: ConfigDict, changes: dict) -> ConfigDict:
+    """Sets fields that exist already."""
+    with block.unlocked():
+        for name, value in changes.items():
+            if name not in block:
+                raise KeyError(f"there is no field '{name}'; there are {', '.join(block)}")
+            block[name] = value
+    return block

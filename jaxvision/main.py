@@ -1,0 +1,153 @@
+"""Runs a method: flags -> config -> task -> engine -> exit code.
+
+    python -m jaxvision.main --config=configs/igq_vit.py
+    python -m jaxvision.main --config=configs/classification.py:cifar10_resnet20 --config.data.path=DIR --workdir=RUN
+
+Exit codes: 0 done, 64 bad command, configuration or data, 70 non-finite numbers, 74 storage or no good
+checkpoint, 75 preempted and saved (start the same command again).
+"""
+
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from jaxvision.core.errors import ConfigError, JaxvisionError, unknown
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, with a preset after a colon.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; the same one continues a run. [runs/<config>]")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved configuration and stop.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, lower one step of each stage, run nothing.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the cluster that jax.distributed finds (Slurm, TPU pod).")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, to start several processes by hand.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: this process, from 0.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code. Mistakes of the person who typed it end in one line, no traceback."""
+    try:
+        config, name = parse(sys.argv if arguments is None else arguments)
+        if PRINT_CONFIG.value:
+            print(json.dumps(config, indent=2))
+            return 0
+        return run(config, name)
+    except JaxvisionError as error:
+        print(f"jaxvision: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def parse(arguments: list[str]) -> tuple[dict[str, Any], str]:
+    """The resolved configuration as plain values, and the default name of its run directory."""
+    if {"--help", "-h", "-help"} & set(arguments[1:]):
+        print(f"{__doc__}\n{FLAGS.main_module_help()}")
+        raise SystemExit(0)
+    try:
+        rest = FLAGS(arguments)
+        config = CONFIG.value
+        values = None if config is None else _plain(config.to_dict())
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # What a configuration file or an override can raise: absl and ml_collections name the flag.
+        raise ConfigError(_one_line(error)) from error
+    if rest[1:]:
+        raise ConfigError(f"'{rest[1]}' is not a flag; settings are given as --config.name=value")
+    if values is None:
+        raise ConfigError("--config=FILE is needed, for example --config=configs/igq_vit.py")
+    file, _, preset = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    return values, Path(file).stem + (f"-{preset}" if preset else "")
+
+
+def run(values: dict[str, Any], name: str) -> int:
+    """Builds the task and runs it in its directory; returns the exit code."""
+    _prepare_jax()
+    # Imported here so that --help and --print_config answer at once.
+    from jaxvision.core.config import Config
+    from jaxvision.engine import loop, parallel, report, runinfo
+    from jaxvision.engine.lock import RunLock
+    from jaxvision.engine.options import Options
+    from jaxvision.engine.progress import Progress
+
+    config = Config(values)
+    options = Options.read(config)
+    devices = parallel.create(options.parallel)
+    task = make_task(config)
+    config.check_all_read()
+    if DRY_RUN.value:
+        print(loop.describe(task, options, devices))
+        return 0
+    directory = Path(WORKDIR.value or Path("runs") / name)
+    first_host = devices.shard_index == 0
+    runinfo.prepare(directory)
+    with RunLock(directory, enabled=first_host):
+        if first_host:
+            runinfo.record(directory, values, runinfo.describe(runinfo.command_line(), options.seed))
+        if (directory / "results.json").exists():
+            if first_host:
+                print((directory / "report.md").read_text())
+                print(f"This run is finished; its report is {directory / 'report.md'}.")
+            return 0
+        with Progress(first_host) as progress:
+            results = loop.run(task, options, directory, devices, progress)
+        if first_host:
+            made = task.report(results)
+            report.write(made, directory)
+            report.show(made, directory)
+    return 0
+
+
+def make_task(config: Any) -> Any:
+    """The task of ``config.method``, made by ``jaxvision.methods.<method>.task.make``."""
+    methods = Path(__file__).parent / "methods"
+    names = sorted(path.parent.name for path in methods.glob("*/task.py"))
+    if config.method not in names:
+        raise unknown("config.method", config.method, names)
+    return importlib.import_module(f"jaxvision.methods.{config.method}.task").make(config)
+
+
+def _prepare_jax() -> None:
+    """What must be set before the backend starts: the compilation cache, and the cluster where there is one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxvision" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    if COORDINATOR.value is None and not MULTIHOST.value:
+        return
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        # Collectives between CPU processes need gloo; accelerators bring their own.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if COORDINATOR.value is None:
+        jax.distributed.initialize()
+        return
+    if NUM_PROCESSES.value is None or PROCESS_ID.value is None:
+        raise ConfigError("--coordinator needs --num_processes and --process_id as well")
+    jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples stay tuples; nested ConfigDicts become dicts."""
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _one_line(error: Exception) -> str:
+    """What the libraries said, as one sentence."""
+    text = str(error.args[0] if error.args else error)
+    if isinstance(error, OSError):
+        missing = next((line.strip() for line in text.splitlines() if "No such file" in line), text)
+        return f"--config: {' '.join(missing.split())}; give the path of a file such as configs/igq_vit.py"
+    if match := re.search(r"(\w+)\W+Did you mean \W*(\w+)", text.replace("\\n", "\n")):
+        return f"--config has no field '{match[1]}'; did you mean '{match[2]}'?"
+    if isinstance(error, AttributeError | KeyError):
+        return f"--config has no field {text.strip(chr(34))}; --print_config shows those there are"
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

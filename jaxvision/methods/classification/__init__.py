@@ -1,0 +1,1 @@
+"""Plain supervised classification: the float baseline of every method."""

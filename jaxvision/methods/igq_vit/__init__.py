@@ -1,0 +1,1 @@
+"""IGQ-ViT: instance-aware group quantization for vision transformers (post-training)."""

@@ -1,0 +1,166 @@
+"""What every quantization method starts from, and what it returns.
+
+A method of the comparison is ``build(context, bits, *, softmax_quantizers=None) -> QuantizedNetwork``: it reads the
+:class:`Calibration` (the float network and its values at the sites on the calibration images, in parallel mode), and
+returns variables with rounded kernels and one quantizer for each site. What the methods share is here too.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax.struct
+import numpy as np
+
+from jaxvision.core.errors import ConfigError
+from jaxvision.methods.igq_vit import sites as sites_lib
+from jaxvision.methods.igq_vit.sites import ApplyFn, Site
+from jaxvision.quant import activation, uniform, weights
+from jaxvision.quant.weights import WeightPolicy
+
+Quantizers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Widths of the kernels, of the activations, and of the input image (8 whatever the others are)."""
+
+    weight: int = 4
+    activation: int = 4
+    image: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "activation", "image"):
+            uniform.check_bits(getattr(self, name), f"bits.{name}")
+
+    def of(self, site: Site) -> int:
+        """The width of a site."""
+        return self.image if site.kind == "image" else self.activation
+
+
+@flax.struct.dataclass
+class QuantizedNetwork:
+    """Variables with rounded kernels, and the quantizer of each site by name. A pytree: goes through ``jit``."""
+
+    variables: Any
+    quantizers: Quantizers
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The float network on the calibration images; make it with :meth:`create`.
+
+    Attributes:
+      apply_fn, variables: the network, see ``sites``.
+      sites: in the order of the forward pass.
+      images: [n, H, W, C] float32.
+      activations: by site, [n * windows, ...]; all methods calibrate in parallel mode, on the float values.
+      weight_policy: how methods without a weight quantizer of their own round kernels; its width gives way to
+        ``Bits.weight``.
+      observer_batch: images that a batch observer sees at a time; None: all (EMA is then the same as min-max).
+    """
+
+    apply_fn: ApplyFn
+    variables: Any
+    sites: tuple[Site, ...]
+    images: np.ndarray
+    activations: Mapping[str, np.ndarray]
+    weight_policy: WeightPolicy = field(default_factory=lambda: WeightPolicy(method="mse"))
+    observer_batch: int | None = None
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def create(
+        cls,
+        apply_fn: ApplyFn,
+        variables: Any,
+        images: Any,
+        *,
+        sites: Sequence[Site] | None = None,
+        chunk: int = 32,
+        **options: Any,
+    ) -> "Calibration":
+        """Runs the float network on ``images`` [n, H, W, C], ``chunk`` at a time, and keeps its values on the host.
+
+        ``options`` are the last two attributes. Keeping everything takes 1.5 GB for 32 images and DeiT-S.
+        """
+        images = np.asarray(images, np.float32)
+        if images.ndim != 4 or not len(images):
+            raise ConfigError(f"calibration needs images [n, H, W, C], n at least 1, and got an array {images.shape}")
+        found = tuple(sites_lib.list_sites(apply_fn, variables, images.shape[1:]) if sites is None else sites)
+        values = sites_lib.collect(apply_fn, variables, images, found, chunk)
+        return cls(apply_fn, variables, found, images, values, **options)
+
+    def of_kind(self, kind: str) -> tuple[Site, ...]:
+        """The sites of one kind, see ``sites.Site``."""
+        return tuple(site for site in self.sites if site.kind == kind)
+
+    def rows(self, name: str) -> np.ndarray:
+        """The values at a site as [T, C]: all tokens of all images."""
+        x = self.activations[name]
+        return x.reshape(-1, x.shape[-1])
+
+    def batches(self, name: str) -> list[np.ndarray]:
+        """The values at a site, ``observer_batch`` images at a time."""
+        x = self.activations[name]
+        size = (self.observer_batch or len(self.images)) * (len(x) // len(self.images))
+        return [x[start : start + size] for start in range(0, len(x), size)]
+
+    def channel_extremes(self, name: str) -> np.ndarray:
+        """Minimum and maximum of each channel over all images and tokens, [C, 2]."""
+
+        def find() -> np.ndarray:
+            x = self.rows(name)
+            return np.stack([x.min(0), x.max(0)], -1)
+
+        return self.once(("channel_extremes", name), find)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """``make()`` the first time, the same object afterwards: what methods share is computed once."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+def tensor_quantizer(context: Calibration, site: Site, bits: Bits) -> activation.AffineQuantizer:
+    """One quantizer for the whole tensor, its interval the best of RepQ-ViT's three percentile pairs."""
+    width = bits.of(site)
+
+    def find() -> activation.AffineQuantizer:
+        interval = weights.tensor_interval(context.activations[site.name], width)
+        return activation.AffineQuantizer.from_interval(*interval, width)
+
+    return context.once(("tensor_quantizer", site.name, width), find)
+
+
+def common_quantizers(context: Calibration, bits: Bits, kinds: Sequence[str] = ("image", "tensor")) -> Quantizers:
+    """The shared policy: image, q, k, v and head each with one :func:`tensor_quantizer`; the image at its own width.
+
+    Args:
+      context, bits: see there.
+      kinds: sites to make quantizers for; add "channels" or "rows" to treat those per tensor too.
+    """
+    return {site.name: tensor_quantizer(context, site, bits) for site in context.sites if site.kind in kinds}
+
+
+def common_variables(context: Calibration, bits: Bits) -> Any:
+    """The network's variables, every kernel rounded under the context's weight policy at ``bits.weight``."""
+    policy = replace(context.weight_policy, bits=bits.weight)
+    return context.once(("variables", policy), lambda: with_rounded(context.variables, policy))
+
+
+def with_rounded(variables: Any, policy: WeightPolicy) -> Any:
+    """``variables`` with the kernels of ``params`` replaced by w_hat."""
+    return {**variables, "params": weights.quantize_params(variables["params"], policy)[0]}
+
+
+def given_softmax(context: Calibration, given: Mapping[str, Any] | None, method: str) -> Quantizers:
+    """The quantizers of the attention sites out of the caller's; raises ConfigError where one is missing."""
+    wanted = [site.name for site in context.of_kind("rows")]
+    missing = [name for name in wanted if name not in (given or {})]
+    if missing:
+        raise ConfigError(
+            f"method {method!r} has no quantizer for softmax attention of its own; pass softmax_quantizers with one "
+            f"for {missing[0]!r}"
+        )
+    return {name: given[name] for name in wanted}

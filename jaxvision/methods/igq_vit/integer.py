@@ -1,0 +1,337 @@
+"""IGQ executed with integer products: int8 operands, int32 sums, float only to scale them.
+
+One output of a layer is ``s_w sum_m s_m [sum_{c: pi(c) = m} (q_c - z_m)(w_c - z_w)] + bias``: a product for each
+group, rescaled and added. As a kernel would, channels are gathered group by group and each group is padded to whole
+tiles, so the work is that of one product plus at most G tiles. The results equal the simulation up to float rounding.
+
+Codes are shifted by half their range to fit int8. Zero points stay out of the products (an unclipped one may not fit
+int8) and enter through the sums of codes and weights, in float.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxvision.core import trees
+from jaxvision.core.errors import ConfigError
+from jaxvision.methods.igq_vit import groups
+from jaxvision.methods.igq_vit.sites import ApplyFn, Site
+from jaxvision.quant import activation, uniform
+from jaxvision.quant.weights import QuantizedTensor
+
+TILE = 32
+"""Channels that an int8 matrix unit takes at once; groups are padded to it."""
+OUTPUTS = {
+    "attn.qkv": "attn.qkv.out",
+    "attn.proj": "attn.out",
+    "mlp.fc1": "mlp.fc1.out",
+    "mlp.fc2": "mlp.out",
+    "downsample.reduction": "downsample.out",
+}
+"""Which tap sees the output of the layer whose input is tapped under the first name."""
+
+
+def signed(codes: jax.Array, bits: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Codes 0..2^b - 1 as int8 about 0, and the offset 2^(b-1) that was taken off (an int32 ())."""
+    offset = jnp.left_shift(jnp.int32(1), jnp.asarray(bits, jnp.int32) - 1)
+    return (codes.astype(jnp.int32) - offset).astype(jnp.int8), offset
+
+
+@partial(jax.jit, static_argnames=("num_groups", "tile"))
+def tile_channels(group: jax.Array, num_groups: int, tile: int = TILE) -> tuple[jax.Array, jax.Array]:
+    """Orders channels by group, each group padded to whole tiles.
+
+    Args:
+      group: int32 (C,).
+      num_groups: G, static.
+      tile: channels a tile, static.
+
+    Returns:
+      channels int32 (T, tile), C where there is padding, and the group of each tile int32 (T,), with
+      T = (C + G (tile - 1)) // tile tiles, enough for any assignment; unused ones are all padding.
+    """
+    size = group.shape[0]
+    num_tiles = (size + num_groups * (tile - 1)) // tile
+    members = jnp.sum(group[:, None] == jnp.arange(num_groups), 0)
+    tiles = -(-members // tile)
+    order = jnp.argsort(group, stable=True)
+    sorted_group = group[order]
+    rank = jnp.arange(size) - (jnp.cumsum(members) - members)[sorted_group]
+    place = (jnp.cumsum(tiles) - tiles)[sorted_group] * tile + rank
+    channels = jnp.full(num_tiles * tile, size, jnp.int32).at[place].set(order.astype(jnp.int32))
+    owner = jnp.searchsorted(jnp.cumsum(tiles), jnp.arange(num_tiles), side="right")
+    return channels.reshape(num_tiles, tile), jnp.minimum(owner, num_groups - 1).astype(jnp.int32)
+
+
+def _product(x: jax.Array, w: jax.Array, x_zero: jax.Array, w_zero: jax.Array, size: ArrayLike) -> jax.Array:
+    """``sum_c (x_nc - x_zero)(w_cd - w_zero_d)`` from int8 x (N, C), w (C, D); ``size`` counts the real channels.
+
+    ``x_zero`` () or (N, 1) and ``w_zero`` (D,) or () are float; padding channels are 0 in x and w.
+    """
+    float_type = w_zero.dtype
+    dot = jnp.matmul(x, w, preferred_element_type=jnp.int32).astype(float_type)
+    x_sum = x.sum(1, dtype=jnp.int32).astype(float_type)[:, None]
+    w_sum = w.sum(0, dtype=jnp.int32).astype(float_type)
+    return dot - w_zero * x_sum - x_zero * (w_sum - w_zero * jnp.asarray(size, float_type))
+
+
+@partial(jax.jit, static_argnames="tile")
+def igq_linear_int(
+    codes: jax.Array,
+    group: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array,
+    weight: QuantizedTensor,
+    bias: jax.Array | None,
+    bits: ArrayLike,
+    *,
+    tile: int = TILE,
+) -> jax.Array:
+    """A linear layer on grouped integer inputs; equals :func:`groups.igq_linear`.
+
+    Args:
+      codes: integer (B, N, C), 0..2^bits - 1.
+      group: int32 (B, C), the group of each channel.
+      scale, zero: float (G,), of the groups.
+      weight: codes (C, D), quantized per output channel or per tensor.
+      bias: (D,) or None.
+      bits: at most 8.
+
+    Returns:
+      y (B, N, D), the type of ``scale``.
+    """
+    x, x_offset = signed(codes, bits)
+    w, w_offset = signed(weight.codes, weight.bits)
+    w_zero = weight.zero - w_offset
+    num_channels, num_groups = w.shape[0], scale.shape[0]
+    w = jnp.concatenate([w, jnp.zeros((1, w.shape[1]), jnp.int8)])
+
+    def image(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        image_x, image_group = inputs
+        channels, owner = tile_channels(image_group, num_groups, tile)
+        image_x = jnp.concatenate([image_x, jnp.zeros((image_x.shape[0], 1), jnp.int8)], 1)
+
+        def add(y: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            index, m = one
+            size = jnp.sum(index < num_channels)
+            part = _product(image_x[:, index], w[index], zero[m] - x_offset, w_zero, size)
+            # An unused tile belongs to no group; its scale may be anything.
+            return y + jnp.where(size > 0, scale[m] * part, 0), None
+
+        start = jnp.zeros((image_x.shape[0], w.shape[1]), scale.dtype)
+        return jax.lax.scan(add, start, (channels, owner))[0]
+
+    y = weight.scale * jax.lax.map(image, (x, group))
+    return y if bias is None else y + bias
+
+
+def igq_attention_int(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array,
+    bits: ArrayLike,
+    v_codes: jax.Array,
+    v_scale: ArrayLike,
+    v_zero: ArrayLike,
+    v_bits: ArrayLike,
+) -> jax.Array:
+    """Quantized attention times quantized values: one integer product, as the scale of a row leaves its sum.
+
+    Args:
+      codes: (B, H, N, M) integer; scale, zero: float (B, H, N), of each row's group.
+      v_codes: (B, H, M, d) integer; v_scale, v_zero: float (), per tensor.
+
+    Returns:
+      (B, H, N, d), the type of ``scale``.
+    """
+    a, a_offset = signed(codes, bits)
+    v, v_offset = signed(v_codes, v_bits)
+    v_zero = jnp.asarray(v_zero - v_offset, scale.dtype)
+    product = jax.vmap(jax.vmap(_product, (0, 0, 0, None, None)), (0, 0, 0, None, None))
+    return v_scale * scale[..., None] * product(a, v, (zero - a_offset)[..., None], v_zero, codes.shape[-1])
+
+
+class IntegerTap:
+    """Runs every grouped FC layer and every product A v of a network in integers; other sites are simulated.
+
+    The tap of a layer's input keeps the input, the tap of its output puts the integer result in the place of the
+    float one (whose computation XLA then drops).
+
+    Args:
+      quantizers: by site, as for the simulation; grouped sites need :class:`groups.InstanceGroupQuantizer`.
+      layers: site -> (weight, bias), of :func:`integer_layers`.
+      batch_size: images in the batch.
+    """
+
+    def __init__(self, quantizers: Mapping[str, Any], layers: Mapping[str, Any], batch_size: int):
+        self._quantizers, self._layers, self._batch_size = quantizers, layers, batch_size
+        self._inputs: dict[str, tuple[str, jax.Array]] = {}
+        self._attention: tuple[jax.Array, Any] | None = None
+        self._values: tuple[jax.Array, Any] | None = None
+
+    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        """The value that the network goes on with."""
+        if name in self._inputs:
+            site, value = self._inputs.pop(name)
+            return linear_int(value, self._quantizers[site], *self._layers[site], self._batch_size).reshape(x.shape)
+        quantizer = self._quantizers.get(name)
+        if quantizer is None:
+            return x
+        if name.endswith(".attn.proj") and self._attention is not None and self._values is not None:
+            heads = attention_int(*self._attention, *self._values)  # (B, H, N, d)
+            x = heads.transpose(0, 2, 1, 3).reshape(x.shape).astype(x.dtype)
+            self._attention = self._values = None
+        if name in self._layers:
+            layer = next(key for key in OUTPUTS if name.endswith(key))
+            self._inputs[name.removesuffix(layer) + OUTPUTS[layer]] = name, x
+            return x
+        if name.endswith(".attn.v") and isinstance(quantizer, activation.AffineQuantizer):
+            self._values = x, quantizer
+        if name.endswith(".attn.softmax") and isinstance(quantizer, groups.InstanceGroupQuantizer):
+            self._attention = x, quantizer
+        return quantizer(x, self._batch_size)
+
+    def check_all_used(self) -> None:
+        """Raises ConfigError where a layer's output has no tap, so that its integer result went nowhere."""
+        for site, _ in self._inputs.values():
+            raise ConfigError(f"the output of {site} has no tap; run this network in simulation")
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def linear_int(
+    x: jax.Array,
+    quantizer: groups.InstanceGroupQuantizer,
+    weight: QuantizedTensor,
+    bias: jax.Array | None,
+    batch_size: int,
+) -> jax.Array:
+    """:func:`igq_linear_int` of a site's float input (B * windows, ..., C), quantized here; (B, N, D)."""
+    flat = activation.per_instance(x, batch_size, quantizer.instance)
+    bounds = quantizer.bounds[0]
+    scale, zero = uniform.affine_params(
+        bounds[:, 0], bounds[:, 1], quantizer.bits, clip_zero_point=quantizer.clip_zero_point
+    )
+    group = quantizer.groups(x, batch_size)
+    codes = uniform.quantize(flat, scale[group][:, None], zero[group][:, None], quantizer.bits)
+    return igq_linear_int(codes, group, scale, zero, weight, bias, quantizer.bits)
+
+
+@jax.jit
+def attention_int(
+    attention: jax.Array,
+    quantizer: groups.InstanceGroupQuantizer,
+    values: jax.Array,
+    value_quantizer: activation.AffineQuantizer,
+) -> jax.Array:
+    """:func:`igq_attention_int` of float attention (B, H, N, M) and values (B, H, M, d), quantized here."""
+    group = quantizer.groups(attention, attention.shape[0])
+    scale, zero = uniform.affine_params(
+        quantizer.bounds[..., 0],
+        quantizer.bounds[..., 1],
+        quantizer.bits,
+        clip_zero_point=quantizer.clip_zero_point,
+    )
+    head = np.arange(scale.shape[0])[:, None]
+    scale, zero = scale[head, group], zero[head, group]
+    codes = uniform.quantize(attention, scale[..., None], zero[..., None], quantizer.bits)
+    v = value_quantizer
+    v_codes = uniform.quantize(values, v.scale, v.zero, v.bits)
+    return igq_attention_int(codes, scale, zero, quantizer.bits, v_codes, v.scale, v.zero, v.bits)
+
+
+def integer_layers(
+    sites: tuple[Site, ...], variables: Any, codes: Mapping[str, QuantizedTensor]
+) -> dict[str, tuple[QuantizedTensor, Any]]:
+    """Integer weight and float bias of each grouped FC site."""
+    params = trees.named_leaves(variables["params"])
+    return {
+        site.name: (codes[site.weight], params.get(site.weight.removesuffix("kernel") + "bias"))
+        for site in sites
+        if site.kind == "channels" and site.weight in codes
+    }
+
+
+@partial(jax.jit, static_argnames="apply_fn")
+def forward_int(apply_fn: ApplyFn, variables: Any, quantizers: Any, layers: Any, images: jax.Array) -> jax.Array:
+    """Logits (B, K) with the grouped FC layers and A v in integers; equals ``simulate.forward`` with all sites on.
+
+    Args:
+      apply_fn, variables: the network with w_hat.
+      quantizers: by site.
+      layers: of :func:`integer_layers`.
+      images: (B, H, W, C) float32.
+    """
+    tap = IntegerTap(quantizers, layers, images.shape[0])
+    logits = apply_fn(variables, images, tap=tap)
+    tap.check_all_used()
+    return logits
+
+
+# --- one product for all groups --------------------------------------------------------------------------------------
+
+
+def largest_shift(bits: int) -> int:
+    """The largest k for which a difference of two ``bits``-bit codes, shifted left by k, fits int8; at most 3."""
+    if not 1 <= bits <= 7:
+        raise ConfigError(f"bits={bits}: shifted codes fit int8 for 1 to 7 bits; use the grouped product")
+    return min(3, (127 // uniform.max_code(bits)).bit_length() - 1)
+
+
+@partial(jax.jit, static_argnames="bits")
+def snap_power_of_two(bounds: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Bounds whose scales are ``s_0 2^k``, k = 0..3, and contain 0, so that one int8 product serves all groups. Ours.
+
+    ``s_0`` is that of 16 candidates a factor 2^(1/16) apart which fits the logarithms of the scales best in the
+    squared sense. ``(q - z) << k`` then fits int8 (|.| <= 120 at 4 bits).
+
+    Args:
+      bounds: (G, 2) float, all in use (cut off padding first).
+      bits: width, static.
+
+    Returns:
+      snapped bounds (G, 2), s_0 (), and k int32 (G,).
+    """
+    top = largest_shift(bits)
+    levels = uniform.max_code(bits)
+    lower, upper = jnp.minimum(bounds[:, 0], 0), jnp.maximum(bounds[:, 1], 0)
+    scale, _ = uniform.affine_params(lower, upper, bits)
+    bases = scale.max() / 2**top * 2 ** (np.arange(16)[:, None] / 16)
+    shifts = jnp.clip(jnp.round(jnp.log2(scale / bases)), 0, top)
+    best = jnp.argmin(jnp.sum(jnp.square(jnp.log2(scale / bases) - shifts), 1))
+    base, shift = bases[best, 0].astype(scale.dtype), shifts[best].astype(jnp.int32)
+    snapped = base * jnp.left_shift(1, shift).astype(scale.dtype)
+    zero = jnp.clip(jnp.round(-lower / snapped), 0, levels)
+    return jnp.stack([-zero * snapped, (levels - zero) * snapped], -1), base, shift
+
+
+@jax.jit
+def power_of_two_linear_int(
+    codes: jax.Array,
+    group: jax.Array,
+    base: jax.Array,
+    shift: jax.Array,
+    zero: jax.Array,
+    weight: QuantizedTensor,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """A linear layer with snapped groups: one int8 product of ``(q - z) << k``, whatever G is.
+
+    Args:
+      codes: integer (B, N, C); group: int32 (B, C).
+      base: float (), s_0; shift: int32 (G,), k; zero: float (G,), within the codes.
+      weight, bias: as :func:`igq_linear_int`.
+
+    Returns:
+      y (B, N, D), the type of ``base``.
+    """
+    zero = zero.astype(jnp.int32)[group][:, None]
+    x = jnp.left_shift(codes.astype(jnp.int32) - zero, shift[group][:, None]).astype(jnp.int8)
+    w, w_offset = signed(weight.codes, weight.bits)
+    y = jax.vmap(lambda image: _product(image, w, jnp.zeros((), base.dtype), weight.zero - w_offset, w.shape[0]))(x)
+    y = base * weight.scale * y
+    return y if bias is None else y + bias

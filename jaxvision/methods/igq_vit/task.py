@@ -1,0 +1,282 @@
+"""The task ``igq_vit``: [train a float network] -> for each row: calibrate, evaluate -> tables and figures.
+
+The only place where the configuration is read (its fields are explained in ``configs/igq_vit.py``). Stage ``train``
+exists when there is no weights file; it trains one network a seed, all seeds in one program. Stage ``quantize``
+takes one row of the table a step.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvision.core import rng
+from jaxvision.core.config import Config
+from jaxvision.core.errors import ConfigError
+from jaxvision.data import EvalBatches
+from jaxvision.engine import parallel, recipes, seeds, supervised
+from jaxvision.engine.evaluate import Evaluator
+from jaxvision.engine.task import Batch, Eval, Metrics, Stage, State, Task
+from jaxvision.losses.classification import softmax_cross_entropy
+from jaxvision.methods.igq_vit import comparison, report
+from jaxvision.methods.igq_vit.calibration import Bits, Calibration
+from jaxvision.methods.igq_vit.comparison import Bench, Row, Settings
+from jaxvision.metrics import Mean, classification
+from jaxvision.models import zoo
+from jaxvision.optim import schedules
+from jaxvision.quant.weights import WeightPolicy
+
+
+@dataclass(frozen=True)
+class RowData:
+    """The "batches" of stage ``quantize``: which row a step takes."""
+
+    count: int
+    batch_size: int = 1
+
+    def batch_at(self, step: int, shard_index: int = 0, shard_count: int = 1) -> Batch:
+        del shard_index, shard_count
+        return {"row": np.asarray([step])}
+
+
+def make(config: Config) -> Task:
+    """The task of a configuration.
+
+    Raises:
+      ConfigError, DataError: anything in it that can't work.
+    """
+    members = tuple(config.seeds)
+    if not members or len(set(members)) != len(members):
+        raise ConfigError(f"config.seeds={members} must be at least one seed, each once")
+    spec = zoo.spec(config.model.name)
+    data = recipes.build_data(config.data, config.seed, spec)
+    model = recipes.build_model(config.model, data)
+    epochs = config.train.positive("epochs", zero=True)
+    trained = model.pretrained is None
+    steps = schedules.epochs_to_steps(epochs, data.train.steps_per_epoch) if trained else 0
+    optimizer = recipes.build_optimizer(config.train.optimizer, steps, data.train.steps_per_epoch)
+    comparer = Comparer.read(config, members, model, data, stacked=trained)
+
+    def fresh(key: jax.Array) -> State:
+        return supervised.new_state(model.init(key), optimizer.transform, average=False)
+
+    def init(key: jax.Array) -> State:
+        if trained:
+            return seeds.init_seeds(fresh, members)(key)
+        variables = model.init(key)
+        return State(jnp.zeros((), jnp.int32), variables["params"])
+
+    stages = [] if not trained else [_training(model, data, config, members, optimizer, steps)]
+    quantize = Stage(
+        "quantize",
+        len(comparer.rows),
+        RowData(len(comparer.rows)),
+        comparer.step,
+        begin=lambda state, key: state.replace(opt_state={}),
+        compiled=False,
+        label=lambda local: str(comparer.rows[min(local, len(comparer.rows) - 1)]),
+    )
+    load = None if trained else lambda state: state.replace(params=model.load({"params": state.params})["params"])
+    return Task("igq_vit", init, (*stages, quantize), functools.partial(report.make, comparer, trained), load)
+
+
+def _training(
+    model: recipes.Model, data: recipes.Data, config: Config, members: Sequence[int], optimizer: Any, steps: int
+) -> Stage:
+    """Plain supervised training of one network a seed; each sees its own order of the same examples."""
+
+    def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+        losses = softmax_cross_entropy(logits, batch["label"], reduction="none")
+        return jnp.mean(losses), {"loss": Mean.of(losses)}
+
+    step = supervised.train_step(model.module, optimizer.transform, loss, accumulate=optimizer.accumulate)
+
+    def evaluate(state: State, batch: Batch) -> Metrics:
+        def one(params: Any) -> Metrics:
+            logits = model.module.apply({"params": params}, batch["image"])
+            return {"accuracy": classification.accuracy(logits, batch["label"], batch["mask"])}
+
+        each = jax.lax.map(one, state.params)
+        return {f"accuracy_{i}": seeds.member(each["accuracy"], i) for i in range(len(members))}
+
+    batches = seeds.SeedBatches([data.train.with_seed(seed) for seed in members])
+    return Stage(
+        "train",
+        steps,
+        batches,
+        seeds.step_seeds(step, members),
+        evals={"test": Eval(data.eval, evaluate)},
+        schedules={"lr": optimizer.schedule},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Comparer:
+    """Everything stage ``quantize`` needs; its steps depend on the parameters and the row alone.
+
+    Attributes:
+      rows: the table.
+      settings: of IGQ.
+      members: the seeds; without training they only draw the calibration images.
+      stacked: whether parameters have a leading seed axis.
+    """
+
+    rows: tuple[Row, ...]
+    settings: Settings
+    members: tuple[int, ...]
+    stacked: bool
+    model: recipes.Model
+    data: recipes.Data
+    policy: WeightPolicy
+    epsilon: float | None
+    image_bits: int
+    calibration_images: int
+    sqnr_images: int
+    observer_batch: int
+    export: tuple[str, str]
+    devices: Any
+
+    @classmethod
+    def read(
+        cls, config: Config, members: tuple[int, ...], model: recipes.Model, data: recipes.Data, *, stacked: bool
+    ) -> "Comparer":
+        """The fields methods, bits, image_bits, calibration, weights, igq, export, parallel."""
+        igq = config.igq
+        settings = Settings(
+            max_groups=igq.positive("max_groups"),
+            iters=igq.positive("iters", zero=True),
+            m_step=igq.one_of("m_step", ("mean", "envelope")),
+            per_head=igq.one_of("per_head", (True, False)),
+            instance=igq.one_of("instance", ("image", "window")),
+            clip_zero_point=igq.one_of("clip_zero_point", (True, False)),
+            candidates=tuple(igq.candidates),
+            context=igq.one_of("context", ("float", "quantized")),
+            fp_bits=igq.positive("fp_bits"),
+        )
+        methods, bits, image_bits = tuple(config.methods), tuple(config.bits), config.positive("image_bits")
+        for method in methods:
+            comparison.check_method(method, settings)
+        for text in bits:
+            comparison.parse_bits(text, image_bits)
+        weights, calibration = config.weights, config.calibration
+        epsilon = weights.epsilon
+        policy = WeightPolicy(method=weights.method, granularity=weights.granularity, epsilon=epsilon or 0.0)
+        count = calibration.positive("images")
+        if count > data.train_examples.num_examples:
+            raise ConfigError(
+                f"config.calibration.images={count} is more than the {data.train_examples.num_examples} of "
+                "the training split"
+            )
+        export = (config.export.method, config.export.bits)
+        if export[0] and not (comparison.IGQ.fullmatch(export[0]) and export[0] in methods and export[1] in bits):
+            raise ConfigError(
+                f"config.export={export} must name an IGQ method in config.methods and one of config.bits"
+            )
+        return cls(
+            rows=comparison.rows(len(members), bits, methods),
+            settings=settings,
+            members=members,
+            stacked=stacked,
+            model=model,
+            data=data,
+            policy=policy,
+            epsilon=epsilon,
+            image_bits=image_bits,
+            calibration_images=count,
+            sqnr_images=calibration.positive("sqnr_images", zero=True),
+            observer_batch=calibration.positive("observer_batch"),
+            export=export,
+            devices=parallel.create(config.parallel),
+        )
+
+    def variables(self, state: State, member: int) -> dict[str, Any]:
+        """The float network of one seed."""
+        return {"params": seeds.member(state.params, member) if self.stacked else state.params}
+
+    def bench(self, state: State, member: int) -> Bench:
+        """The float network on its calibration images; made once a seed."""
+        if member not in self._benches:
+            self._benches.clear()
+            self._references.clear()
+            context = Calibration.create(
+                self.model.module.apply,
+                self.variables(state, member),
+                self.calibration(member)["image"],
+                weight_policy=self.policy,
+                observer_batch=self.observer_batch,
+            )
+            self._benches[member] = Bench(context, self.settings)
+            predict = functools.partial(jax.jit(self.model.module.apply), context.variables)
+            self._references[member] = comparison.WithReference(self.data.eval, predict)
+        return self._benches[member]
+
+    def calibration(self, member: int) -> Batch:
+        """Random training images under evaluation preprocessing, without augmentation; the draw is the seed's."""
+        examples = self.data.train_examples
+        draw = rng.generator(self.members[member], "calibration")
+        index = np.sort(draw.choice(examples.num_examples, self.calibration_images, replace=False))
+        return examples.subset(index, batch_size=self.calibration_images).batch_at(0)
+
+    def prepared(self, state: State, row: Row) -> tuple[Bench, Bits]:
+        """The bench and the widths of a row; its weight percentile chosen on the calibration images if none is set."""
+        bench, bits = self.bench(state, row.member), comparison.parse_bits(row.bits, self.image_bits)
+        if self.policy.method == "percentile" and self.epsilon is None:
+            context = bench.context
+            chosen = context.once(("epsilon", bits.weight), lambda: comparison.choose_epsilon(context, bits))
+            bench = Bench(chosen, self.settings)
+        return bench, bits
+
+    def build(self, state: State, row: Row) -> comparison.Built:
+        """The quantized network of a row."""
+        bench, bits = self.prepared(state, row)
+        return bench.build(row.method, bits)
+
+    def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        """Calibrates and judges one row; everything it finds goes to the log, the state stays as it is."""
+        del key
+        row = self.rows[int(batch["row"][0])]
+        begin = time.monotonic()
+        self.bench(state, row.member)
+        collected = time.monotonic()
+        built = self.build(state, row)
+        calibrated = time.monotonic()
+        network = self.devices.replicate(built.network)
+        # Two evaluations at once: neither fills a many-core machine, and both have to be compiled.
+        with ThreadPoolExecutor(2, "evaluate") as pool:
+            judged = pool.submit(self._judge, network, self._references[row.member])
+            noise = pool.submit(self._sqnr, network, self._sqnr_data) if self.sqnr_images else None
+        judged, noise = jax.block_until_ready((judged.result(), noise.result() if noise else {}))
+        done = time.monotonic()
+        numbers = {**judged, **noise, **{name: Mean.of(float(value)) for name, value in built.bops.items()}}
+        if row.method.startswith("igq"):
+            numbers |= {f"groups/{site}": Mean.of(float(count)) for site, count in built.groups.items()}
+        # The collection of calibration values is every method's; it is shared, and timed for the first row of a seed.
+        seconds = {"calibrate": calibrated - collected, "evaluate": done - calibrated, "collect": collected - begin}
+        return state, {**numbers, **{f"seconds/{name}": Mean.of(value) for name, value in seconds.items()}}
+
+    @functools.cached_property
+    def _benches(self) -> dict[int, Bench]:
+        return {}
+
+    @functools.cached_property
+    def _references(self) -> dict[int, comparison.WithReference]:
+        return {}
+
+    @functools.cached_property
+    def _judge(self) -> Evaluator:
+        return Evaluator(comparison.judge(self.model.module.apply), self.devices)
+
+    @functools.cached_property
+    def _sqnr(self) -> Evaluator:
+        return Evaluator(comparison.sqnr(self.model.module.apply), self.devices)
+
+    @functools.cached_property
+    def _sqnr_data(self) -> EvalBatches:
+        count = min(self.sqnr_images, self.data.eval.num_examples)
+        return self.data.eval.subset(np.arange(count), batch_size=min(count, self.data.eval.batch_size))
