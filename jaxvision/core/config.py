@@ -57,8 +57,10 @@ class Config:
     def check_all_read(self) -> None:
         """Raises ConfigError naming the fields that the task never read."""
         if names := self.unread():
-            raise ConfigError(f"{names[0]} is set but nothing in this task reads it; remove it" + (
-                f" (likewise {', '.join(names[1:])})" if names[1:] else ""))
+            raise ConfigError(
+                f"{names[0]} is set but nothing in this task reads it; remove it"
+                + (f" (likewise {', '.join(names[1:])})" if names[1:] else "")
+            )
 
     def one_of(self, key: str, allowed: tuple[Any, ...]) -> Any:
         """The field's value, which must be one of ``allowed``."""

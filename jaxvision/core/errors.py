@@ -53,6 +53,9 @@ def unknown(what: str, value: object, allowed: Iterable[str]) -> ConfigError:
       allowed: the names there are.
     """
     names = sorted(allowed)
-    close = difflib.get_close_matches(str(value), names, n=1)
+    close = difflib.get_close_matches(str(value), names, n=5)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return ConfigError(f"{what}={value!r} is unknown; {hint}There are: {', '.join(names)}")
+    if len(names) > 24:
+        # A sentence, not a catalogue.
+        names = [*(close or names[:8]), f"... ({len(names)} in all)"]
+    return ConfigError(f"{what}={value!r} is unknown; {hint}there are: {', '.join(names)}")

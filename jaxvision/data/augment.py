@@ -97,9 +97,7 @@ def random_horizontal_flip(p: float = 0.5) -> ExampleTransform:
     def transform(example: Example, rng: np.random.Generator) -> Example:
         if rng.uniform() >= p:
             return example
-        return {
-            name: value[:, ::-1] if name in ("image", "label_map") else value for name, value in example.items()
-        }
+        return {name: value[:, ::-1] if name in ("image", "label_map") else value for name, value in example.items()}
 
     return transform
 

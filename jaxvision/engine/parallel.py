@@ -131,7 +131,7 @@ class PmapParallel:
 
 
 def _once() -> dict[str, int]:
-    """Compiler options for a program that runs once: on CPU, random initialisers compile ten times slower than they run."""
+    """Compiler options for a program that runs once: on CPU, compiling random initialisers well takes seconds."""
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 

@@ -74,9 +74,7 @@ def adam(
     Args and errors as :func:`sgd`.
     """
     _check_adam(lr, b1, b2, eps, weight_decay)
-    return _chain(
-        _decay(weight_decay, decay_mask), optax.scale_by_adam(b1, b2, eps), optax.scale_by_learning_rate(lr)
-    )
+    return _chain(_decay(weight_decay, decay_mask), optax.scale_by_adam(b1, b2, eps), optax.scale_by_learning_rate(lr))
 
 
 def adamw(
@@ -94,9 +92,7 @@ def adamw(
     Args and errors as :func:`sgd`; the default decay is PyTorch's 0.01 (optax's is 1e-4).
     """
     _check_adam(lr, b1, b2, eps, weight_decay)
-    return _chain(
-        optax.scale_by_adam(b1, b2, eps), _decay(weight_decay, decay_mask), optax.scale_by_learning_rate(lr)
-    )
+    return _chain(optax.scale_by_adam(b1, b2, eps), _decay(weight_decay, decay_mask), optax.scale_by_learning_rate(lr))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

@@ -36,7 +36,9 @@ else:
     raise AssertionError("the block doesn't block")
 """
 
-BUILD = BLOCK + """
+BUILD = (
+    BLOCK
+    + """
 import numpy as np, PIL.Image
 import tensorflow_datasets as tfds
 
@@ -65,8 +67,11 @@ build("TinyColour", 3, tfds.features.ClassLabel(names=["even", "odd"]), {"train"
 build("TinyGrey", 1, tfds.features.ClassLabel(names=["even", "odd"]), {"train": 4})
 build("TinyNumbers", 3, np.int64, {"train": 4})
 """
+)
 
-READ = BLOCK + """
+READ = (
+    BLOCK
+    + """
 import json
 import numpy as np
 from jaxvision.data import TrainBatches, open_source
@@ -76,6 +81,7 @@ from tensorflow_datasets import __version__
 assert "tensorflow" not in sys.modules
 print(json.dumps({"image": batch["image"].tolist(), "label": batch["label"].tolist(), "names": source.class_names}))
 """
+)
 
 
 def python(code, *arguments):

@@ -147,9 +147,7 @@ def test_antialiased_resize_is_pillows_up_to_its_rounding(method, size):
 
 
 def test_plain_resize_repeats_the_border_like_torch():
-    np.testing.assert_array_equal(
-        resize_matrix(2, 4, "bilinear"), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]
-    )
+    np.testing.assert_array_equal(resize_matrix(2, 4, "bilinear"), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     # torch.nn.functional.interpolate(bicubic, align_corners=False), a = -0.75, doubling: weights at distance 0.25
     inner = resize_matrix(6, 12, "bicubic")[5]
     np.testing.assert_allclose(inner, [0, -0.10546875, 0.87890625, 0.26171875, -0.03515625, 0], atol=1e-7)

@@ -46,9 +46,7 @@ def test_step_is_one_step_of_the_optimizer_on_the_whole_batch(accumulate):
     module, variables, batch = problem()
     transform = optax.sgd(0.1)
     average = optax.constant_schedule(0.9)
-    step = jax.jit(
-        supervised.train_step(module, transform, loss, accumulate=accumulate, average_decay=average)
-    )
+    step = jax.jit(supervised.train_step(module, transform, loss, accumulate=accumulate, average_decay=average))
     state = supervised.new_state(variables, transform, average=True)
     new, metrics = step(state, batch, jax.random.key(1))
 

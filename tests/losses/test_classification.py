@@ -30,7 +30,10 @@ def test_value_and_gradient(scale, smoothing, hard):
     target = np.eye(K)[labels] if hard else soft.astype(np.float64)
     target = (1 - smoothing) * target + smoothing / K
     losses = -(target * log_softmax(logits)).sum(-1)
-    loss = lambda x, **kw: softmax_cross_entropy(x, jnp.asarray(labels if hard else soft), label_smoothing=smoothing, **kw)  # noqa: E731, E501
+
+    def loss(x, **kw):
+        return softmax_cross_entropy(x, jnp.asarray(labels if hard else soft), label_smoothing=smoothing, **kw)
+
     np.testing.assert_allclose(loss(logits, reduction="none"), losses, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(loss(logits, reduction="sum"), losses.sum(), rtol=2e-6)
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits))

@@ -50,8 +50,7 @@ def test_preprocessing_of_the_published_weights():
                                             (0.229, 0.224, 0.225))  # fmt: skip
     assert zoo.spec("resnet50").crop_fraction == 0.875
     vit, deit, swin = (
-        zoo.spec(name)
-        for name in ("vit_base_patch16_224", "deit_small_patch16_224", "swin_small_patch4_window7_224")
+        zoo.spec(name) for name in ("vit_base_patch16_224", "deit_small_patch16_224", "swin_small_patch4_window7_224")
     )
     assert (vit.mean, vit.std, vit.crop_fraction) == ((0.5,) * 3, (0.5,) * 3, 0.9)
     assert (deit.mean, deit.crop_fraction, deit.interpolation) == ((0.485, 0.456, 0.406), 0.875, "bicubic")

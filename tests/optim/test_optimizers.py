@@ -179,7 +179,9 @@ def test_bfloat16_gradients_keep_their_dtype():
 def test_decay_mask_names_what_matches_nothing():
     params, _ = problem()
     assert trees.named_leaves(optimizers.decay_mask(())(params)) == {
-        "conv/kernel": True, "norm/bias": True, "norm/scale": True
+        "conv/kernel": True,
+        "norm/bias": True,
+        "norm/scale": True,
     }
     assert not trees.named_leaves(optimizers.decay_mask(("^norm/",))(params))["norm/scale"]
     with pytest.raises(ConfigError, match=r"'pos_embed', which matches no parameter.*conv/kernel"):

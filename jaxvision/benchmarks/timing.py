@@ -1,0 +1,26 @@
+"""Timing several things fairly in one run: warmed up, interleaved, the median of the rounds."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each candidate.
+
+    Every candidate runs once to compile and warm up, then all run one after the other in each round, so that a slow
+    moment of the machine hits all of them.
+
+    Args:
+      candidates: name -> function without arguments that returns when its work is done.
+      rounds: how many rounds.
+    """
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,0 +1,149 @@
+"""The command as a person types it: help, presets, overrides, mistakes, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def jaxvision(*arguments, timeout=280, **environment):
+    """Runs ``python -m jaxvision.main``; gives the finished process."""
+    return subprocess.run(
+        [sys.executable, "-m", "jaxvision.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_answers_at_once():
+    begin = time.monotonic()
+    done = jaxvision("--help")
+    assert "--workdir" in done.stdout + done.stderr
+    assert time.monotonic() - begin < 5  # about a second on an idle machine
+
+
+def test_print_config_shows_presets_and_typed_overrides():
+    done = jaxvision("--config=configs/classification.py:smoke", "--config.seed=7", "--print_config")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--config=FILE is needed"),
+        (("--config=configs/nowhere.py",), "nowhere.py"),
+        (("--config=configs/classification.py:smoke", "--config.optimizer.lrr=1"), "lrr"),
+        (("--config=configs/classification.py:smoke", "--config.seed=x"), "seed"),
+        (("--config=configs/classification.py:smokee",), "did you mean 'smoke'?"),
+        (("--config=configs/classification.py:smoke", "--config.method=igq_vitt"), "did you mean 'igq_vit'?"),
+        (("--config=configs/classification.py:smoke", "--config.parallel=gpu"), "config.parallel='gpu' is not one of"),
+        (("--config=configs/classification.py:smoke", "stray"), "'stray' is not a flag"),
+        (("--config=configs/classification.py:smoke", "--wrkdir=x"), "wrkdir"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_64(arguments, message):
+    done = jaxvision(*arguments)
+    assert done.returncode == 64, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_field_that_nobody_reads_is_an_error(tmp_path):
+    config = tmp_path / "typo.py"
+    config.write_text(
+        "from configs import classification\n"
+        "def get_config(arg=''):\n"
+        "    config = classification.get_config('smoke')\n"
+        "    config.unlock()\n"
+        "    config.optimizer.learning_rats = 3\n"
+        "    return config\n"
+    )
+    done = jaxvision(f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 64
+    assert "config.optimizer.learning_rats is set but nothing in this task reads it" in done.stderr
+
+
+def test_a_run_finishes_reports_and_says_so_again(tmp_path):
+    flags = ("--config=configs/classification.py:smoke", f"--workdir={tmp_path}")
+    dry = jaxvision(*flags, "--dry_run")
+    assert dry.returncode == 0, dry.stderr
+    assert "stage train" in dry.stdout
+    assert not (tmp_path / "config.json").exists()
+    first = jaxvision(*flags)
+    assert first.returncode == 0, first.stderr
+    for name in ("config.json", "run.json", "metrics.jsonl", "report.md", "results.json"):
+        assert (tmp_path / name).exists(), name
+    assert list((tmp_path / "figures").glob("*.png"))
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    assert "Warning" not in first.stderr
+    again = jaxvision(*flags)
+    assert again.returncode == 0
+    assert "This run is finished" in again.stdout
+    other = jaxvision(*flags, "--config.seed=5")
+    assert other.returncode == 64
+    assert "config.seed=0, now it is 5" in other.stderr
+
+
+def test_an_unwritable_workdir_is_exit_74(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = jaxvision("--config=configs/classification.py:smoke", f"--workdir={tmp_path / 'file' / 'run'}")
+    assert done.returncode == 74
+    assert "can't be written" in done.stderr
+
+
+def test_a_sweep_is_one_command_and_one_table(tmp_path):
+    command = [sys.executable, "launch/sweep.py", "--config=configs/classification.py:smoke", "--seeds=0,1"]
+    command += [f"--workdir={tmp_path}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert " ± " in done.stdout
+    assert (tmp_path / "sweep.md").exists()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def test_two_processes_over_loopback_train_the_same_run(tmp_path):
+    """Two hosts of one device each give the metrics of one host with two devices, to rounding."""
+    flags = ("--config=configs/classification.py:smoke", "--config.tensorboard=False")
+    command = [sys.executable, "-m", "jaxvision.main", *flags, f"--workdir={tmp_path / 'two'}"]
+    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_id={index}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=280) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    one = jaxvision(*flags, f"--workdir={tmp_path / 'one'}", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert one.returncode == 0, one.stderr
+
+    def rows(name):
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    assert len(rows("one")) == len(rows("two"))
+    for left, right in zip(rows("one"), rows("two")):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-6)
