@@ -69,7 +69,7 @@ def run(values: dict[str, Any], name: str) -> int:
     _prepare_jax()
     # Imported here so that --help and --print_config answer at once.
     from jaxvision.core.config import Config
-    from jaxvision.engine import loop, parallel, report, runinfo
+    from jaxvision.engine import loop, parallel, plan, report, runinfo
     from jaxvision.engine.lock import RunLock
     from jaxvision.engine.options import Options
     from jaxvision.engine.progress import Progress
@@ -80,7 +80,7 @@ def run(values: dict[str, Any], name: str) -> int:
     task = make_task(config)
     config.check_all_read()
     if DRY_RUN.value:
-        print(loop.describe(task, options, devices))
+        print(plan.describe(task, options, devices))
         return 0
     directory = Path(WORKDIR.value or Path("runs") / name)
     first_host = devices.shard_index == 0

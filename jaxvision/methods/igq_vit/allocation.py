@@ -69,8 +69,11 @@ def perturbation_row(
     return np.asarray([_mean_kl(float_logits, simulate.gather(run)) for run in runs])
 
 
+_kl_divergence = jax.jit(kl_divergence)
+
+
 def _mean_kl(float_logits: Any, logits: np.ndarray) -> float:
-    return float(np.mean(np.asarray(kl_divergence(float_logits, logits), np.float64)))
+    return float(np.mean(np.asarray(_kl_divergence(float_logits, logits), np.float64)))
 
 
 def perturbation_table(
