@@ -70,7 +70,7 @@ def base(data: ConfigDict, model: ConfigDict, **engine) -> ConfigDict:
     config.image_bits = 8
     config.data, config.model = data, model
     config.train = ConfigDict({"epochs": 0.0, "optimizer": common.optimizer("adamw", 1e-3, weight_decay=0.05)})
-    config.calibration = ConfigDict({"images": 32, "sqnr_images": 200, "observer_batch": 16})
+    config.calibration = ConfigDict({"images": 32, "sqnr_images": 100, "observer_batch": 16})
     config.weights = ConfigDict({"method": "percentile", "granularity": "channel", "epsilon": placeholder(float)})
     config.igq = ConfigDict(
         {

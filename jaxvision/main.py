@@ -7,6 +7,7 @@ Exit codes: 0 done, 64 bad command, configuration or data, 70 non-finite numbers
 checkpoint, 75 preempted and saved (start the same command again).
 """
 
+import errno
 import importlib
 import json
 import os
@@ -18,7 +19,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jaxvision.core.errors import ConfigError, JaxvisionError, unknown
+from jaxvision.core.errors import ConfigError, JaxvisionError, StorageError, unknown
+
+STORAGE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, with a preset after a colon.")
@@ -42,6 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     except JaxvisionError as error:
         print(f"jaxvision: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in STORAGE_TROUBLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"jaxvision: {error.strerror}{where}; make room, and the same command continues", file=sys.stderr)
+        return StorageError.exit_code
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, Any], str]:

@@ -7,6 +7,7 @@ it is installed. Simulated quantization is slower than float by nature; the inte
 """
 
 import argparse
+import os
 import platform
 import resource
 import time
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calibration_images", type=int, default=32)
     options = parser.parse_args()
+    # Without XLA's experimental fusions through YNN a network of this size runs 6 % faster on CPU (jaxlib 0.10.2).
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type="
 
     module = zoo.build(options.model, num_classes=1000)
     size = (*zoo.spec(options.model).input_size, 3)

@@ -141,12 +141,19 @@ class Bench:
     def bounds(self, groups: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """IGQ's bounds (Hq, G, 2) and the history of the objective, by site. They don't depend on the bits."""
         s, ranges = self.settings, self.ranges
+        options = {"iters": s.iters, "m_step": s.m_step, "per_head": s.per_head}
 
-        def find() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            options = {"iters": s.iters, "m_step": s.m_step, "per_head": s.per_head}
-            return quantizers.calibrate_groups(ranges, self.context.sites, groups, **options)
+        def uniform(count: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+            sites = self.context.sites
+            return self.context.once(
+                ("bounds", count), lambda: quantizers.calibrate_groups(ranges, sites, count, **options)
+            )
 
-        return self.context.once(("bounds", tuple(groups.items())), find)
+        # A layer's bounds depend on its own count alone: every choice of counts is put together from these.
+        found = {name: uniform(count) for name, count in groups.items()}
+        return {name: pair[0][name] for name, pair in found.items()}, {
+            name: pair[1][name] for name, pair in found.items()
+        }
 
     def igq(self, groups: Mapping[str, int], bits: Bits) -> dict[str, Any]:
         """IGQ's quantizer of every site with these group counts."""

@@ -107,8 +107,8 @@ def _accuracy(found: dict[Row, dict[str, float]], methods: Iterable[str], bits: 
     caption = (
         "Mean ± standard deviation over seeds. KL(softmax float || softmax quantized) in nats; agreement of the argmax "
         "with the float network. GBOPs: base bit operations an image; index and combine: what run-time grouping adds "
-        "(finding groups; rescaling partial sums in 32 bits). Calibration beyond collecting activations; what several "
-        "methods share is paid by the first."
+        "(finding groups; rescaling partial sums in 32 bits). Seconds: calibration beyond collecting activations, "
+        "compiling included, while the row before is evaluated; what methods share is paid by the first."
     )
     return Table(bits, columns, lines, caption)
 

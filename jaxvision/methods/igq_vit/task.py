@@ -8,7 +8,7 @@ takes one row of the table a step.
 import functools
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,25 +240,56 @@ class Comparer:
     def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         """Calibrates and judges one row; everything it finds goes to the log, the state stays as it is."""
         del key
-        row = self.rows[int(batch["row"][0])]
+        index = int(batch["row"][0])
+        row, ready = self.rows[index], self._ahead.pop(index, None)
+        built, seconds = self._timed_build(state, row) if ready is None else ready.result()
+        following = self.rows[index + 1] if index + 1 < len(self.rows) else None
+        if self._overlap and following is not None and following.member == row.member:
+            self._ahead[index + 1] = self._pool.submit(self._timed_build, state, following)
+        begin = time.monotonic()
+        judged, noise = self._evaluate(self.devices.replicate(built.network), row.member)
+        seconds["seconds/evaluate"] = time.monotonic() - begin
+        numbers = {**judged, **noise, **{name: Mean.of(float(value)) for name, value in built.bops.items()}}
+        if row.method.startswith("igq"):
+            numbers |= {f"groups/{site}": Mean.of(float(count)) for site, count in built.groups.items()}
+        return state, {**numbers, **{name: Mean.of(value) for name, value in seconds.items()}}
+
+    def _timed_build(self, state: State, row: Row) -> tuple[comparison.Built, dict[str, float]]:
+        """A row's network, and the seconds it took; collecting the calibration values is the first row's of a seed."""
         begin = time.monotonic()
         self.bench(state, row.member)
         collected = time.monotonic()
         built = self.build(state, row)
-        calibrated = time.monotonic()
-        network = self.devices.replicate(built.network)
-        # Two evaluations at once: neither fills a many-core machine, and both have to be compiled.
-        with ThreadPoolExecutor(2, "evaluate") as pool:
-            judged = pool.submit(self._judge, network, self._references[row.member])
-            noise = pool.submit(self._sqnr, network, self._sqnr_data) if self.sqnr_images else None
-        judged, noise = jax.block_until_ready((judged.result(), noise.result() if noise else {}))
-        done = time.monotonic()
-        numbers = {**judged, **noise, **{name: Mean.of(float(value)) for name, value in built.bops.items()}}
-        if row.method.startswith("igq"):
-            numbers |= {f"groups/{site}": Mean.of(float(count)) for site, count in built.groups.items()}
-        # The collection of calibration values is every method's; it is shared, and timed for the first row of a seed.
-        seconds = {"calibrate": calibrated - collected, "evaluate": done - calibrated, "collect": collected - begin}
-        return state, {**numbers, **{f"seconds/{name}": Mean.of(value) for name, value in seconds.items()}}
+        return built, {
+            "seconds/collect": collected - begin,
+            "seconds/calibrate": time.monotonic() - collected,
+        }
+
+    def _evaluate(self, network: Any, member: int) -> tuple[Metrics, Metrics]:
+        """Accuracy and divergence on all evaluation images, and the SQNR on some; at once where that is safe."""
+        jobs = [functools.partial(self._judge, network, self._references[member])]
+        if self.sqnr_images:
+            jobs.append(functools.partial(self._sqnr, network, self._sqnr_data))
+        started = [self._pool.submit(job) for job in jobs] if self._overlap else None
+        results = [job() for job in jobs] if started is None else [future.result() for future in started]
+        judged, noise = jax.block_until_ready((*results, {})[:2])
+        return judged, noise
+
+    @property
+    def _overlap(self) -> bool:
+        """On one device, rows are built while others are evaluated: each of the two leaves a machine half idle.
+
+        Programs over several devices must be started in one order on all of them, so there nothing overlaps.
+        """
+        return self.devices.num_devices == 1
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(3, "rows")
+
+    @functools.cached_property
+    def _ahead(self) -> dict[int, Future]:
+        return {}
 
     @functools.cached_property
     def _benches(self) -> dict[int, Bench]:
