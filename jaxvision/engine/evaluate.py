@@ -27,7 +27,7 @@ class Evaluator:
             new = devices.sum_over_devices(update(context, batch))
             return jax.tree.map(jnp.add, sums, new)
 
-        self._add = parallel.compile(add, donate=(1,))
+        self._add = parallel.compile(add, donate=(1,), quickly=True)
 
     def shapes(self, context: Any, batch: Any) -> dict[str, Any]:
         """The abstract result of one update; runs nothing."""

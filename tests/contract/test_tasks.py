@@ -121,8 +121,8 @@ def test_each_program_is_compiled_once(name, tmp_path, monkeypatch):
     compiled = []
     original = parallel.JitParallel.compile
 
-    def compile(self, function, donate=()):
-        compiled.append(original(self, function, donate))
+    def compile(self, function, donate=(), **options):
+        compiled.append(original(self, function, donate, **options))
         return compiled[-1]
 
     monkeypatch.setattr(parallel.JitParallel, "compile", compile)

@@ -112,32 +112,19 @@ def test_a_sweep_is_one_command_and_one_table(tmp_path):
     assert (tmp_path / "sweep.md").exists()
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
-
-
 def test_two_processes_over_loopback_train_the_same_run(tmp_path):
-    """Two hosts of one device each give the metrics of one host with two devices, to rounding."""
+    """Two hosts of one device each (launch/local.sh) give the metrics of one host with two devices, to rounding."""
     flags = ("--config=configs/classification.py:smoke", "--config.tensorboard=False")
-    command = [sys.executable, "-m", "jaxvision.main", *flags, f"--workdir={tmp_path / 'two'}"]
-    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
-    processes = [
-        subprocess.Popen(
-            [*command, f"--process_id={index}"],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=280) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    done = subprocess.run(
+        ["bash", "launch/local.sh", *flags, f"--workdir={tmp_path / 'two'}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["starts"][0]["processes"] == 2
     one = jaxvision(*flags, f"--workdir={tmp_path / 'one'}", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert one.returncode == 0, one.stderr
 

@@ -161,8 +161,8 @@ def test_nothing_is_compiled_after_step_two(tmp_path, monkeypatch):
     sizes = []
     original = parallel.JitParallel.compile
 
-    def compile(self, function, donate=()):
-        compiled = original(self, function, donate)
+    def compile(self, function, donate=(), **options):
+        compiled = original(self, function, donate, **options)
         sizes.append(compiled)
         return compiled
 

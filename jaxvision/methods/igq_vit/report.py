@@ -165,6 +165,12 @@ def _notes(comparer: "Comparer", trained: bool, results: Results) -> tuple[str, 
         f"{comparer.calibration_images} calibration images a seed, all sites calibrated on the float network; "
         f"{comparer.data.eval.num_examples} test images; weights: {comparer.policy.method} per output channel."
     )
+    if comparer.policy.method == "percentile":
+        settings = dict.fromkeys(row.bits for row in comparer.rows)
+        benches = {bits: comparer.prepared(results.state, Row(0, bits, ""))[0] for bits in settings}
+        chosen = ", ".join(f"{b.context.weight_policy.epsilon} % at {bits}" for bits, b in benches.items())
+        how = "chosen on the calibration images of the first seed" if comparer.epsilon is None else "given"
+        notes.append(f"Percentage cut off at each end of a weight's interval ({how}): {chosen}.")
     return tuple(notes)
 
 

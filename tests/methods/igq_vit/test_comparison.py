@@ -167,6 +167,7 @@ def test_the_imagenet_path_runs_on_a_folder_and_a_weights_file(tmp_path):
     np.testing.assert_array_equal(results.state.params["head"]["kernel"], variables["params"]["head"]["kernel"])
     assert len(results.rows) == 2
     made = task.report(results)
+    assert any("chosen on the calibration images" in note and "% at W4A4" in note for note in made.notes)
     made.files["quantized.safetensors"](run / "quantized.safetensors")
     loaded = export.load(run / "quantized")
     assert set(loaded.codes) >= {"blocks_0/attn/qkv/kernel", "head/kernel"}
