@@ -114,7 +114,15 @@ class Conv(nn.Module):
             )
         shape = (*pair(self.kernel_size), channels // self.groups, self.features)
         kernel = self.param("kernel", _kernel_init(self.kernel_init), shape, jnp.float32)
-        y = jax.lax.conv_general_dilated(
+        y = self.product(x, kernel)
+        if self.use_bias:
+            init = _bias_init(self.bias_init, self.kernel_init, shape)
+            y = y + self.param("bias", init, (self.features,), jnp.float32).astype(self.dtype)
+        return y
+
+    def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The convolution without its bias; a method so that ``models.quantized`` can intercept it."""
+        return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             window_strides=pair(self.stride),
@@ -123,10 +131,6 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.groups,
         )
-        if self.use_bias:
-            init = _bias_init(self.bias_init, self.kernel_init, shape)
-            y = y + self.param("bias", init, (self.features,), jnp.float32).astype(self.dtype)
-        return y
 
 
 class Dense(nn.Module):
@@ -145,11 +149,15 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", _kernel_init(self.kernel_init), shape, jnp.float32)
-        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = self.product(x, kernel)
         if self.use_bias:
             init = _bias_init(self.bias_init, self.kernel_init, shape)
             y = y + self.param("bias", init, (self.features,), jnp.float32).astype(self.dtype)
         return y
+
+    def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """``x kernel`` without the bias; a method so that ``models.quantized`` can intercept it."""
+        return jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 # --- normalisation -------------------------------------------------------------------------------------------------
