@@ -27,6 +27,8 @@ def data(source: str, *, augment: dict | None = None, options: dict | None = Non
             "options": options or {},
             "train_split": "train",
             "eval_split": "test",
+            "train_size": 0,
+            "validation_size": 0,
             "batch_size": 128,
             "eval_batch_size": 256,
             "pipeline": "array",
@@ -104,6 +106,23 @@ def optimizer(name: str, lr: float, *, schedule: dict | None = None, **changes) 
     )
     _update(block.schedule, schedule or {})
     return _update(block, changes)
+
+
+def quantization(family: str, weight_bits: int, input_bits: int, **changes) -> ConfigDict:
+    """A ``quantization`` block (``engine/quantization.py``); 32 bits are float."""
+    block = {
+        "family": family,
+        "weight_bits": weight_bits,
+        "input_bits": input_bits,
+        "gradient_bits": 32,
+        "gradient": "uniform",
+        "execution": "fake",
+        "output_scale": placeholder(bool),
+        "float_layers": (),
+        "signed_inputs": (),
+        "bit_rules": (),
+    }
+    return _update(ConfigDict(block), changes)
 
 
 def ema(decay: float = 0.0, *, warmup: bool = False) -> ConfigDict:

@@ -1,7 +1,7 @@
 """Runs a configuration over seeds and settings, one after the other, and puts the results in one table.
 
     python launch/sweep.py --config=configs/classification.py:smoke --workdir=runs/sweep --seeds=0,1,2 \\
-        --vary model.name=cifar_resnet20,vit_tiny --vary optimizer.lr=0.1,0.05 -- --config.log_every=10
+        --vary model.name=resnet20,resnet32 --vary optimizer.lr=0.1,0.05 -- --config.log_every=10
 
 Every combination is one run in its own directory below --workdir. The same command continues a sweep that was
 stopped: finished runs are left alone, a half-done one goes on from its checkpoint. The table (mean and spread over

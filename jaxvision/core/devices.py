@@ -40,6 +40,12 @@ def sum_over_devices(tree: Any) -> Any:
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
+def max_over_devices(tree: Any) -> Any:
+    """The maximum of every leaf over the devices: of ranges."""
+    axis = _AXIS.get()
+    return tree if axis is None else jax.lax.pmax(tree, axis)
+
+
 def row_offset(local_rows: int) -> jax.Array | int:
     """The global number of this device's first batch row; 0 under ``jit``."""
     axis = _AXIS.get()

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
-from jaxvision.data import EvalBatches, Source, TrainBatches, open_source, transforms
+from jaxvision.data import EvalBatches, Source, Subset, TrainBatches, open_source, transforms
 from jaxvision.data.imagenet import imagenet_eval, imagenet_train
 from jaxvision.data.rand_augment import RandAugment
 from jaxvision.models import zoo
@@ -23,6 +23,8 @@ class Data:
       train: batches of the training split; None where only evaluation was asked for.
       train_examples: the training split in order, under evaluation preprocessing (for calibration); None likewise.
       eval: batches of the evaluation split.
+      validation: the examples held out of the training split for choosing (a learning rate, a temperature); None
+        where there are none.
       num_classes, class_names: K and the names.
       image_shape: (H, W, C) of the batches.
       mean, std: of the normalisation, for drawing images.
@@ -36,6 +38,7 @@ class Data:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    validation: EvalBatches | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Pipeline:
 def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True) -> Data:
     """The batches of a ``data`` block.
 
-    Fields: source, path ("": none), options (a block for the source), train_split, eval_split, batch_size,
+    Fields: source, path ("": none), options (a block for the source), train_split, eval_split, train_size (0: all),
+    validation_size (held out of the training split; both by one fixed permutation), batch_size,
     eval_batch_size, pipeline, size (0: as the images are; for "imagenet" the network's), mean and std ((): the
     network's), augment (a block, see :class:`Augment`).
 
@@ -113,16 +117,19 @@ def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True)
     where, augment = config.augment, Augment.read(config.augment)
     train_split, eval_split, options = config.train_split, config.eval_split, config.options.to_dict()
     source, path = config.source, config.path or None
+    sizes = (config.positive("train_size", zero=True), config.positive("validation_size", zero=True))
 
     held_out = open_source(source, path=path, split=eval_split, **options)
     if kind == "imagenet":
         pipeline = imagenet_pipeline(augment, where, size, spec, mean, std)
     else:
         pipeline = array_pipeline(augment, where, size, held_out, mean, std)
-    batches = train_examples = None
+    batches = train_examples = validation = None
     if train:
         examples = open_source(source, path=path, split=train_split, **options)
         _check_same_classes(config, examples, held_out)
+        examples, chosen = cut(config, examples, *sizes)
+        validation = None if chosen is None else EvalBatches(chosen, eval_batch_size, **pipeline.eval)
         batches = TrainBatches(examples, batch_size, seed=seed, **pipeline.train)
         train_examples = EvalBatches(examples, eval_batch_size, **pipeline.eval)
     return Data(
@@ -134,7 +141,26 @@ def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True)
         pipeline.image_shape,
         mean,
         std,
+        validation,
     )
+
+
+def cut(config: Config, examples: Source, train: int, validation: int) -> tuple[Source, Source | None]:
+    """The first ``train`` (0: all that remain) and the last ``validation`` examples in a fixed random order.
+
+    Raises:
+      ConfigError: there aren't so many.
+    """
+    if not train and not validation:
+        return examples, None
+    if (train or 1) + validation > len(examples):
+        raise ConfigError(
+            f"{config.where('train_size')}={train} and {config.where('validation_size')}={validation} "
+            f"don't fit into the {len(examples)} examples of the split '{config.train_split}'"
+        )
+    order = np.random.RandomState(0).permutation(len(examples))  # its streams are frozen for good
+    kept = order[: train or len(order) - validation]
+    return Subset(examples, np.sort(kept)), Subset(examples, np.sort(order[-validation:])) if validation else None
 
 
 def array_pipeline(

@@ -17,7 +17,7 @@ from jaxvision.core import trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine.datasets import Data, build_data
-from jaxvision.models import torch_import, zoo
+from jaxvision.models import torch_import, weight_file, zoo
 from jaxvision.optim import ema, optimizers, schedules
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "build_data",
     "build_model",
     "build_optimizer",
+    "build_rule",
     "build_schedule",
 ]
 
@@ -96,7 +97,7 @@ def build_model(config: Config, data: Data) -> Model:
     kept = frozenset(leaf for leaf in leaves if torch_import.is_dropped(torch_import.torch_name(leaf, family), keep))
     # What is kept isn't read from the template; zeros stand in for it.
     template = trees.map_named(lambda leaf, s: np.zeros(s.shape, s.dtype) if leaf in kept else s, shapes)
-    pretrained = torch_import.load_pretrained(init_from, name, template, keep=keep)
+    pretrained = weight_file.load_pretrained(init_from, name, template, keep=keep)
     return Model(name, module, image, pretrained, kept)
 
 
@@ -118,31 +119,42 @@ class Optimizer:
 def build_optimizer(config: Config, steps: int, steps_per_epoch: int) -> Optimizer:
     """The optimizer of an ``optimizer`` block for a run of ``steps`` steps.
 
-    Fields: name, lr, momentum, nesterov (sgd), b1, b2, eps (adam, adamw), weight_decay, no_decay (regexes of
-    parameters without decay), clip_norm (0: off), accumulate, schedule (a block, see :func:`build_schedule`).
+    Fields: lr, schedule (a block, see :func:`build_schedule`), and those of :func:`build_rule`.
 
     Raises:
       ConfigError: an unknown name or a value out of range; a regex without a match is found when the parameters
         are first shaped, before anything is compiled.
     """
-    name, lr = config.name, float(config.positive("lr"))
-    mask = optimizers.decay_mask(tuple(config.no_decay))
+    schedule = build_schedule(config.schedule, float(config.positive("lr")), steps, steps_per_epoch)
+    rule, accumulate = build_rule(config)
+    return Optimizer(rule(schedule), schedule, accumulate)
+
+
+def build_rule(config: Config) -> tuple[Callable[[optax.Schedule], optax.GradientTransformation], int]:
+    """The update rule of an ``optimizer`` block as a function of the learning rate's schedule, and ``accumulate``.
+
+    Fields: name, momentum, nesterov (sgd), b1, b2, eps (adam, adamw), weight_decay, no_decay (regexes of
+    parameters without decay), clip_norm (0: off), accumulate. Errors as :func:`build_optimizer`.
+    """
+    name, mask = config.name, optimizers.decay_mask(tuple(config.no_decay))
     decay = {"weight_decay": float(config.weight_decay), "decay_mask": mask}
     adam = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     momentum, nesterov, clip = config.momentum, config.nesterov, config.positive("clip_norm", zero=True)
-    accumulate = config.positive("accumulate")
-    schedule = build_schedule(config.schedule, lr, steps, steps_per_epoch)
-    if name == "sgd":
-        rule = optimizers.sgd(schedule, momentum, nesterov, **decay)
-    elif name in ("adam", "adamw"):
-        rule = getattr(optimizers, name)(schedule, **adam, **decay)
-    else:
+    accumulate, unseen = config.positive("accumulate"), not config.weight_decay and bool(config.no_decay)
+    if name not in OPTIMIZERS:
         raise unknown(config.where("name"), name, OPTIMIZERS)
-    if not config.weight_decay and config.no_decay:
-        # Without decay nobody would look at the rules, and a wrong one would pass unseen.
-        rule = optax.chain(rule, _check_only(mask))
-    transform = optax.chain(optimizers.clip_by_global_norm(clip), rule) if clip else rule
-    return Optimizer(transform, schedule, accumulate)
+
+    def rule(schedule: optax.Schedule) -> optax.GradientTransformation:
+        if name == "sgd":
+            transform = optimizers.sgd(schedule, momentum, nesterov, **decay)
+        else:
+            transform = getattr(optimizers, name)(schedule, **adam, **decay)
+        if unseen:
+            # Without decay nobody would look at the rules, and a wrong one would pass unseen.
+            transform = optax.chain(transform, _check_only(mask))
+        return optax.chain(optimizers.clip_by_global_norm(clip), transform) if clip else transform
+
+    return rule, accumulate
 
 
 def build_schedule(config: Config, lr: float, steps: int, steps_per_epoch: int) -> optax.Schedule:

@@ -37,7 +37,11 @@ def init_seeds(init: Callable[[jax.Array], State], seeds: Sequence[int]) -> Call
 
 
 def step_seeds(
-    step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]], seeds: Sequence[int], *, how: str = "map"
+    step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]],
+    seeds: Sequence[int],
+    *,
+    how: str = "map",
+    separate: tuple[str, ...] = (),
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """``step`` for every seed in one program; the metrics are those of all seeds merged.
 
@@ -46,6 +50,7 @@ def step_seeds(
       seeds: each one's keys are ``fold_in(key, seed)``.
       how: "map" runs them one after the other (best where a step fills the machine, as batched small matrix
         products are slow on CPU), "vmap" at once (best on accelerators).
+      separate: metrics whose name starts with one of these are given for each seed, as ``name_0``, ``name_1``, ...
     """
 
     def mapped(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
@@ -57,7 +62,11 @@ def step_seeds(
         rows = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
         members = (state.replace(step=None), rows, jnp.asarray(seeds))
         new, metrics = jax.lax.map(one, members) if how == "map" else jax.vmap(one)(members)
-        return new.replace(step=state.step), jax.tree.map(lambda leaf: leaf.sum(0), metrics)
+        merged = {name: jax.tree.map(lambda leaf: leaf.sum(0), each) for name, each in metrics.items()}
+        for name in [name for name in metrics if name.startswith(separate)]:
+            del merged[name]
+            merged.update({f"{name}_{index}": member(metrics[name], index) for index in range(len(seeds))})
+        return new.replace(step=state.step), merged
 
     return mapped
 

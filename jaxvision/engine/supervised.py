@@ -4,7 +4,7 @@ The method-specific part of many methods is only a loss; the rest (gradient accu
 optimizer, the moving average) is here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,12 @@ LossFn = Callable[[jax.Array, Batch], tuple[jax.Array, Metrics]]
 Prepare = Callable[[Batch, jax.Array], Batch]
 """``(batch, key) -> batch`` on the device before the forward pass, such as mixup."""
 
+Penalty = Callable[[Any, Any], jax.Array]
+"""``(params, model_state) -> float32 ()``, added to the loss."""
+
+Controller = Callable[[Any, Any], Any]
+"""``(values, cotangent) -> values``: the new values of a collection whose cotangent carries statistics."""
+
 EMA = "ema"
 """The key in ``State.extra`` under which the averages of params and model_state lie."""
 
@@ -44,56 +50,77 @@ def new_state(variables: Any, transform: optax.GradientTransformation, *, averag
 
 
 def train_step(
-    module: nn.Module,
-    transform: optax.GradientTransformation,
+    module: Any,
+    transform: optax.GradientTransformation | Callable[[State], optax.GradientTransformation],
     loss: LossFn,
     *,
     prepare: Prepare | None = None,
     accumulate: int = 1,
     average_decay: optax.Schedule | None = None,
+    penalty: Penalty | None = None,
+    extra_args: Callable[[Any, Any], dict[str, Any]] | None = None,
+    controllers: Mapping[str, Controller] | None = None,
+    watch: Callable[[State], Metrics] | None = None,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """The step ``(state, batch, key) -> (state, metrics)`` of plain supervised training.
 
     prepare -> forward (train mode) -> loss -> gradients, mean over micro-batches and devices -> optimizer -> average.
 
     Args:
-      module: network, ``apply(variables, image, train=True, rngs={"dropout": key}, mutable=...)``.
-      transform: the optimizer, clipping included.
+      module: network, ``apply(variables, image, train=True, rngs=..., mutable=...)``; the rngs are ``dropout`` and
+        ``gradient`` (stochastic rounding).
+      transform: the optimizer, clipping included; or what makes it from the state, such as a learning rate in
+        ``extra``.
       loss: the loss of the outputs.
       prepare: applied once to the whole batch.
       accumulate: micro-batches a step; see :func:`value_and_grad`.
       average_decay: decay of the moving average as a function of ``state.step``; None if there is none.
+      penalty: of the parameters, added to the loss and logged as ``penalty``.
+      extra_args: ``(params, model_state) -> `` the optimizer's extra arguments.
+      controllers: by collection. Such a collection is not updated by the forward pass: the loss is differentiated
+        with respect to it, and what arrives (statistics of the backward pass, mean over micro-batches and devices)
+        decides its new values.
+      watch: metrics of the new state.
 
     Returns:
       The step. Its metrics are the loss's own and ``grad_norm``, the norm before clipping.
     """
+    controllers = controllers or {}
 
-    def forward(params, model_state, batch, key):
+    def forward(trained, model_state, batch, key):
         outputs, updated = module.apply(
-            {"params": params, **model_state},
+            {**trained, **model_state},
             batch["image"],
             train=True,
-            rngs={"dropout": key},
+            rngs={"dropout": key, "gradient": jax.random.fold_in(key, 1)},
             mutable=list(model_state),
         )
         value, metrics = loss(outputs, batch)
+        if penalty is not None:
+            extra = penalty(trained["params"], model_state)
+            value, metrics = value + extra, {**metrics, "penalty": Mean.of(extra)}
         return value, ({**model_state, **updated}, metrics)
 
     def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         key_prepare, key_forward = jax.random.split(key)
         if prepare is not None:
             batch = prepare(batch, key_prepare)
-        gradients, model_state, metrics = value_and_grad(
-            forward, state.params, state.model_state, batch, key_forward, accumulate
-        )
-        updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+        trained = {"params": state.params, **{name: state.model_state[name] for name in controllers}}
+        moving = {name: tree for name, tree in state.model_state.items() if name not in controllers}
+        gradients, model_state, metrics = value_and_grad(forward, trained, moving, batch, key_forward, accumulate)
+        optimizer = transform if isinstance(transform, optax.GradientTransformation) else transform(state)
+        extra_arguments = {} if extra_args is None else extra_args(state.params, state.model_state)
+        updates, opt_state = optimizer.update(gradients["params"], state.opt_state, state.params, **extra_arguments)
         params = optax.apply_updates(state.params, updates)
+        for name, control in controllers.items():
+            model_state = {**model_state, name: control(state.model_state[name], gradients[name])}
         extra = dict(state.extra)
         if average_decay is not None:
             new = {"params": params, "model_state": model_state}
             extra[EMA] = ema.update(extra[EMA], new, average_decay(state.step))
-        metrics = {**metrics, "grad_norm": Mean.of(optax.tree.norm(gradients))}
-        return state.replace(params=params, model_state=model_state, opt_state=opt_state, extra=extra), metrics
+        metrics = {**metrics, "grad_norm": Mean.of(optax.tree.norm(gradients["params"]))}
+        state = state.replace(params=params, model_state=model_state, opt_state=opt_state, extra=extra)
+        return state, metrics if watch is None else {**metrics, **watch(state)}
 
     return step
 

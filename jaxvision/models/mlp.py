@@ -45,6 +45,19 @@ def layer_norm(eps: float, dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def normalise(x: jax.Array, name: str, eps: float, dtype: Any, tap: Tap) -> jax.Array:
+    """:func:`layer_norm` of [..., D] as the submodule ``name`` of the calling module. Taps: ``name``, ``name.out``."""
+    return tap(f"{name}.out", layer_norm(eps, dtype, name)(tap(name, x)))
+
+
+def classify(x: jax.Array, name: str, num_classes: int, weight_init: str, dtype: Any, tap: Tap) -> jax.Array:
+    """Logits [B, num_classes], float32 or wider, of [B, D]: the submodule ``name``. Taps: ``name``, ``name.out``."""
+    zeros = nn.initializers.zeros
+    head = Dense(num_classes, kernel_init=matrix_init(weight_init), bias_init=zeros, dtype=dtype, name=name)
+    logits = head(tap(name, x))
+    return tap(f"{name}.out", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, ``x / 2 (1 + erf(x / sqrt(2)))``, inside in float32 or wider: any shape, dtype of ``x``.
 

@@ -40,7 +40,7 @@ from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.core.types import Tap, no_tap, scoped
 from jaxvision.models.attention import Attention
 from jaxvision.models.layers import Dense, Dropout, DropPath, Pair, pair
-from jaxvision.models.mlp import INITS, Mlp, layer_norm, matrix_init
+from jaxvision.models.mlp import INITS, Mlp, classify, matrix_init, normalise
 from jaxvision.models.patches import PatchEmbed
 from jaxvision.models.windows import merge_windows, pad_to_multiple, shift_mask, split_windows, window_and_shift
 
@@ -61,7 +61,7 @@ class PatchMerging(nn.Module):
         batch, height, width, channels = x.shape
         x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
-        x = tap("norm.out", layer_norm(self.layer_norm_eps, self.dtype, "norm")(tap("norm", x)))
+        x = normalise(x, "norm", self.layer_norm_eps, self.dtype, tap)
         reduction = Dense(
             2 * channels, use_bias=False, kernel_init=matrix_init(self.weight_init), dtype=self.dtype, name="reduction"
         )
@@ -98,9 +98,9 @@ class SwinBlock(nn.Module):
             dtype=self.dtype,
             name="mlp",
         )
-        y = tap("norm1.out", layer_norm(self.layer_norm_eps, self.dtype, "norm1")(tap("norm1", x)))
+        y = normalise(x, "norm1", self.layer_norm_eps, self.dtype, tap)
         x = x + DropPath(self.drop_path_rate)(self._attend(y, train, tap), train)
-        y = tap("norm2.out", layer_norm(self.layer_norm_eps, self.dtype, "norm2")(tap("norm2", x)))
+        y = normalise(x, "norm2", self.layer_norm_eps, self.dtype, tap)
         y = y.reshape(len(x), -1, x.shape[-1])
         y = mlp(y, train=train, tap=scoped(tap, "mlp")).reshape(x.shape)
         return tap("out", x + DropPath(self.drop_path_rate)(y, train))
@@ -220,18 +220,11 @@ class Swin(nn.Module):
         for i, stage in enumerate(self._stages()):
             x = stage(x, train=train, tap=scoped(tap, f"layers.{i}"))
             if self.features:
-                name = f"norm{i}"
-                normed = layer_norm(self.layer_norm_eps, self.dtype, name)(tap(name, x))
-                maps.append(tap(f"{name}.out", normed))
+                maps.append(normalise(x, f"norm{i}", self.layer_norm_eps, self.dtype, tap))
         if self.features:
             return tuple(maps)
-        x = tap("norm.out", layer_norm(self.layer_norm_eps, self.dtype, "norm")(tap("norm", x)))
-        zeros = nn.initializers.zeros
-        head = Dense(
-            self.num_classes, kernel_init=matrix_init(self.weight_init), bias_init=zeros, dtype=self.dtype, name="head"
-        )
-        logits = head(tap("head", jnp.mean(x, (1, 2))))
-        return tap("head.out", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        x = normalise(x, "norm", self.layer_norm_eps, self.dtype, tap)
+        return classify(jnp.mean(x, (1, 2)), "head", self.num_classes, self.weight_init, self.dtype, tap)
 
     def _stages(self) -> list[SwinStage]:
         common = {"layer_norm_eps": self.layer_norm_eps, "weight_init": self.weight_init, "dtype": self.dtype}

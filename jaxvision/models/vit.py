@@ -34,8 +34,8 @@ from flax import linen as nn
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.core.types import Tap, no_tap, scoped
 from jaxvision.models.attention import Attention
-from jaxvision.models.layers import Dense, Dropout, DropPath, Pair
-from jaxvision.models.mlp import INITS, Mlp, layer_norm, matrix_init, truncated_normal
+from jaxvision.models.layers import Dropout, DropPath, Pair
+from jaxvision.models.mlp import INITS, Mlp, classify, normalise, truncated_normal
 from jaxvision.models.patches import PatchEmbed
 
 POOLS = ("token", "average")
@@ -65,9 +65,9 @@ class Block(nn.Module):
             **common,
         )
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), name="mlp", **common)
-        y = tap("norm1.out", layer_norm(self.layer_norm_eps, self.dtype, "norm1")(tap("norm1", x)))
+        y = normalise(x, "norm1", self.layer_norm_eps, self.dtype, tap)
         x = x + DropPath(self.drop_path_rate)(attention(y, train=train, tap=scoped(tap, "attn")), train)
-        y = tap("norm2.out", layer_norm(self.layer_norm_eps, self.dtype, "norm2")(tap("norm2", x)))
+        y = normalise(x, "norm2", self.layer_norm_eps, self.dtype, tap)
         x = x + DropPath(self.drop_path_rate)(mlp(y, train=train, tap=scoped(tap, "mlp")), train)
         return tap("out", x)
 
@@ -145,12 +145,14 @@ class ViT(nn.Module):
             )
             x = block(x, train=train, tap=scoped(tap, f"blocks.{i}"))
         if self.pool == "average":
-            x = tap("fc_norm", jnp.mean(x[:, 1:], axis=1))
-            x = tap("fc_norm.out", layer_norm(self.layer_norm_eps, self.dtype, "fc_norm")(x))
-            return self._classify("head", x, tap)
-        x = tap("norm.out", layer_norm(self.layer_norm_eps, self.dtype, "norm")(tap("norm", x)))
-        logits = self._classify("head", x[:, 0], tap)
-        return (logits + self._classify("head_dist", x[:, 1], tap)) / 2 if self.distilled else logits
+            x = normalise(jnp.mean(x[:, 1:], axis=1), "fc_norm", self.layer_norm_eps, self.dtype, tap)
+            return classify(x, "head", self.num_classes, self.weight_init, self.dtype, tap)
+        x = normalise(x, "norm", self.layer_norm_eps, self.dtype, tap)
+        logits = classify(x[:, 0], "head", self.num_classes, self.weight_init, self.dtype, tap)
+        if not self.distilled:
+            return logits
+        distilled = classify(x[:, 1], "head_dist", self.num_classes, self.weight_init, self.dtype, tap)
+        return (logits + distilled) / 2
 
     def _embed(self, images: jax.Array, train: bool, tap: Tap) -> jax.Array:
         """Tokens [B, N, D] of images [B, H, W, C]: patches behind the prefix tokens, plus the position embedding."""
@@ -174,15 +176,6 @@ class ViT(nn.Module):
         prefix = [jnp.broadcast_to(token.astype(x.dtype), (batch, 1, width)) for token in tokens]
         x = jnp.concatenate([*prefix, x], axis=1) + position.astype(x.dtype)
         return tap("pos_embed.out", Dropout(self.dropout_rate)(x, train))
-
-    def _classify(self, name: str, x: jax.Array, tap: Tap) -> jax.Array:
-        """Logits [B, K], float32 or wider."""
-        kernel_init = matrix_init(self.weight_init)
-        head = Dense(
-            self.num_classes, kernel_init=kernel_init, bias_init=nn.initializers.zeros, dtype=self.dtype, name=name
-        )
-        logits = head(tap(name, x))
-        return tap(f"{name}.out", logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
 
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}

@@ -1,6 +1,7 @@
 """The networks by name: ``build("resnet50", num_classes=10, stem="cifar")``.
 
-Names are torchvision's and timm's; the CIFAR networks of He et al. are ``resnet20`` ... ``resnet110``.
+Names are torchvision's and timm's; the CIFAR networks of He et al. are ``resnet20`` ... ``resnet110``, with
+``final_norm=True`` those of LBT and TRS.
 """
 
 import dataclasses
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.models import cifar_resnet, resnet, swin, vit
+from jaxvision.models import cifar_resnet, mobilenet_v2, resnet, swin, vit
 from jaxvision.models.cifar_resnet import CifarResNet
+from jaxvision.models.mobilenet_v2 import MobileNetV2
 from jaxvision.models.resnet import ResNet
 from jaxvision.models.swin import Swin
 from jaxvision.models.vit import ViT
@@ -26,7 +28,7 @@ class Spec:
     """What goes into a network, and where its published weights come from.
 
     Attributes:
-      family: "cifar_resnet", "resnet", "vit" or "swin".
+      family: "cifar_resnet", "resnet", "mobilenet_v2", "vit" or "swin".
       naming: whose state-dict names its weights have: "akamaster", "torchvision" or "timm".
       input_size: (height, width) in pixels.
       mean, std: of the normalisation ``(pixel / 255 - mean) / std``, a channel each.
@@ -43,7 +45,13 @@ class Spec:
     interpolation: str = "bilinear"
 
 
-CLASSES: dict[str, type[nn.Module]] = {"cifar_resnet": CifarResNet, "resnet": ResNet, "vit": ViT, "swin": Swin}
+CLASSES: dict[str, type[nn.Module]] = {
+    "cifar_resnet": CifarResNet,
+    "resnet": ResNet,
+    "mobilenet_v2": MobileNetV2,
+    "vit": ViT,
+    "swin": Swin,
+}
 
 
 def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
@@ -54,6 +62,8 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
         entries[name] = kw, Spec("resnet", "torchvision", (224, 224), crop_fraction=0.875)
         for stem, (size, mean, std) in small.items():
             entries[f"{name}_{stem}"] = {**kw, "stem": stem}, Spec("resnet", "torchvision", size, mean, std)
+    for name, kw in mobilenet_v2.PRESETS.items():
+        entries[name] = kw, Spec("mobilenet_v2", "torchvision", (224, 224), crop_fraction=0.875)
     for family, module in (("vit", vit), ("swin", swin)):
         for name, kw in module.PRESETS.items():
             entries[name] = kw, Spec(family, "timm", **module.SPECS[name])

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError, DataError, JaxvisionError
-from jaxvision.models import torch_import, zoo
+from jaxvision.models import torch_import, weight_file, zoo
 
 _BATCH = 128
 
@@ -56,14 +56,14 @@ def run(options: argparse.Namespace) -> None:
     """Converts, then checks, classifies and writes as the options say.
 
     Raises:
-      ConfigError, DataError: see :mod:`jaxvision.models.torch_import`.
+      ConfigError, DataError: see :mod:`jaxvision.models.weight_file` and :mod:`jaxvision.models.torch_import`.
     """
     if not (options.to or options.check or options.images):
         raise ConfigError("nothing to do: give --to OUT.safetensors, --check or --images FILE.npz")
     if options.to and options.to.suffix != ".safetensors":
         raise ConfigError(f"--to {options.to} must end in .safetensors")
     name, spec = options.model, zoo.spec(options.model)
-    state = torch_import.load_state_dict(options.source, name, skip_unknown=options.skip_unknown)
+    state = weight_file.load_state_dict(options.source, name, skip_unknown=options.skip_unknown)
     num_classes = options.num_classes
     if num_classes is None:
         num_classes = torch_import.classifier_size(name, state)
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     if options.images:
         print(classify(apply, variables, spec, options.images))
     if options.to:
-        torch_import.save_variables(options.to, variables, {"model": name, "num_classes": num_classes})
+        weight_file.save_variables(options.to, variables, {"model": name, "num_classes": num_classes})
         print(f"wrote {options.to}")
 
 

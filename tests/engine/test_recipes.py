@@ -9,7 +9,7 @@ import pytest
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import recipes
-from jaxvision.models import torch_import, zoo
+from jaxvision.models import weight_file, zoo
 
 SPEC = zoo.spec("resnet20")
 
@@ -32,8 +32,9 @@ def data(source="shapes", augment=None, **changes):
         **(augment or {}),
     }  # fmt: skip
     block = {
-        "source": source, "path": "", "options": {}, "train_split": "train", "eval_split": "test", "batch_size": 4,
-        "eval_batch_size": 4, "pipeline": "array", "size": 0, "mean": (), "std": (), "augment": augment, **changes,
+        "source": source, "path": "", "options": {}, "train_split": "train", "eval_split": "test", "train_size": 0,
+        "validation_size": 0, "batch_size": 4, "eval_batch_size": 4, "pipeline": "array", "size": 0, "mean": (),
+        "std": (), "augment": augment, **changes,
     }  # fmt: skip
     return Config(block, "config.data")
 
@@ -170,7 +171,7 @@ def test_init_from_and_keep(tmp_path):
     settings = {"depth": 8, "width_multiplier": 0.25}
     variables = random_variables(zoo.build("resnet20", num_classes=5, **settings))
     file = tmp_path / "weights.safetensors"
-    torch_import.save_variables(file, variables, {"model": "resnet20", "num_classes": 5})
+    weight_file.save_variables(file, variables, {"model": "resnet20", "num_classes": 5})
     built = recipes.build_model(model(init_from=str(file)), fake_data(5))
     same = built.load(built.init(jax.random.key(0)))
     jax.tree.map(np.testing.assert_array_equal, same, variables)
@@ -206,3 +207,16 @@ def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
     logits = jax.eval_shape(built.module.apply, shapes, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))
     assert logits.dtype == jnp.float32 and built.module.dtype == jnp.bfloat16
+
+
+def test_held_out_examples_are_never_trained_on():
+    built = recipes.build_data(data("digits", mean=(0.5,), std=(0.5,), train_size=100, validation_size=60), 0, SPEC)
+    assert (built.train.steps_per_epoch, built.validation.num_examples) == (25, 60)
+    seen = {example.tobytes() for i in range(25) for example in built.train.batch_at(i)["image"]}
+    held_out = [built.validation.batch_at(i)["image"] for i in range(15)]
+    assert len(seen) == 100 and not seen & {example.tobytes() for example in np.concatenate(held_out)}
+
+
+def test_more_held_out_than_there_is():
+    with pytest.raises(ConfigError, match=r"config.data.validation_size=1290 don't fit into the 1297 examples"):
+        recipes.build_data(data("digits", mean=(0.5,), std=(0.5,), train_size=100, validation_size=1290), 0, SPEC)

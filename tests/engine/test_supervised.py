@@ -112,3 +112,60 @@ def test_predict_uses_the_average_when_asked():
     assert not supervised.predict(module, state, batch["image"]).any()
     expected = module.apply(variables, batch["image"])
     np.testing.assert_allclose(supervised.predict(module, state, batch["image"], average=True), expected, rtol=1e-6)
+
+
+def test_a_penalty_is_added_to_the_loss_and_the_optimizer_may_depend_on_the_state():
+    module, variables, batch = problem()
+    penalty = lambda params, model_state: 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))  # noqa: E731
+    make = lambda state: optax.sgd(state.extra["lr"])  # noqa: E731
+    state = supervised.new_state(variables, optax.sgd(0.1), average=False).replace(extra={"lr": jnp.float32(0.1)})
+    plain, _ = supervised.train_step(module, make, loss)(state, batch, jax.random.key(0))
+    shrunk, metrics = supervised.train_step(module, make, loss, penalty=penalty)(state, batch, jax.random.key(0))
+    for before, a, b in zip(*(jax.tree.leaves(s.params) for s in (state, plain, shrunk))):
+        np.testing.assert_allclose(b, a - 0.1 * before, atol=1e-6)
+    np.testing.assert_allclose(metrics["penalty"].compute(), penalty(state.params, None), rtol=1e-6)
+
+
+class Counting(nn.Module):
+    """A layer whose backward pass counts negative gradients: they leave as the cotangent of ``counts``."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        counts = self.variable("counts", "negative", jnp.zeros, (), jnp.float32)
+
+        @jax.custom_vjp
+        def gate(y, count):
+            return y
+
+        gate.defvjp(lambda y, count: (y, None), lambda _, g: (g, jnp.sum(g < 0).astype(jnp.float32)))
+        return gate(nn.Dense(K)(x.reshape(x.shape[0], -1)), counts.value)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_controlled_collection_gets_what_its_cotangent_carries(accumulate):
+    module, batch = Counting(), problem()[2]
+    variables = module.init(jax.random.key(0), batch["image"])
+    controllers = {"counts": lambda old, new: jax.tree.map(lambda a, b: a + 100 * b, old, new)}
+    step = supervised.train_step(module, optax.sgd(0.1), loss, accumulate=accumulate, controllers=controllers)
+    state = supervised.new_state(variables, optax.sgd(0.1), average=False)
+    state, _ = jax.jit(step)(state, batch, jax.random.key(0))
+    # Of the K = 3 gradients of a row only the label's is negative; a mean over micro-batches is logged.
+    np.testing.assert_allclose(state.model_state["counts"]["negative"], 100 * B / accumulate)
+
+
+def test_watch_and_extra_arguments_see_the_state():
+    module, variables, batch = problem()
+    seen = []
+
+    def update(updates, state, params=None, *, scale):
+        seen.append(scale)
+        return jax.tree.map(lambda u: -scale * u, updates), state
+
+    transform = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    watch = lambda state: {"bias": Mean.of(state.params["Dense_0"]["bias"])}  # noqa: E731
+    extra = lambda params, model_state: {"scale": model_state["batch_stats"]["passes"] + 1}  # noqa: E731
+    step = supervised.train_step(module, transform, loss, extra_args=extra, watch=watch)
+    state = supervised.new_state(variables, transform, average=False)
+    state, metrics = step(state, batch, jax.random.key(0))
+    assert float(seen[0]) == 1.0
+    np.testing.assert_allclose(metrics["bias"].compute(), jnp.mean(state.params["Dense_0"]["bias"]), rtol=1e-6)

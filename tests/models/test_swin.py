@@ -1,7 +1,6 @@
 """Swin against timm's numbers and names, its windows, its taps, and its use as a backbone."""
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,12 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.core.trees import count_parameters, named_leaves
-from jaxvision.models import swin, torch_import, windows, zoo
+from jaxvision.models import swin, windows, zoo
 from jaxvision.models.attention import Attention
+from tests.models import networks
+from tests.models.networks import quick_jit, recorded
 
-ORACLES = Path(__file__).parents[1] / "oracles" / "vit_models"
+ZOO_NAME = "swin_tiny_patch4_window7_224"
 NETWORKS = ("swin_1", "swin_2", "swin_3_padded")
 INTERMEDIATES = {
     "patch_embed_out": "patch_embed.out",
@@ -29,13 +30,6 @@ INTERMEDIATES = {
 }
 TINY = partial(swin.Swin, num_classes=5, patch_size=2, width=8, depths=(2, 1), num_heads=(2, 4), window=4)
 IMAGES = np.random.default_rng(0).standard_normal((2, 20, 12, 3)).astype(np.float32)  # maps of 10x6 and 5x3: padded
-# A third of the compile time; only the float32 oracles run what users run.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def oracle(name):
-    with np.load(ORACLES / f"{name}.npz") as file:
-        return dict(file)
 
 
 def build(data, **changes):
@@ -51,59 +45,23 @@ def build(data, **changes):
     return swin.Swin(**{**settings, **changes})
 
 
-def load(module, data, images):
-    """Variables from the oracle's weights, through the strict converter."""
-    template = jax.eval_shape(module.init, jax.random.key(0), images)
-    state = {name[2:]: value for name, value in data.items() if name.startswith("w/")}
-    return torch_import.convert("swin_tiny_patch4_window7_224", state, template)
-
-
-def drawn(module, seed, images=IMAGES):
-    """Random variables, biases and scales included, of standard deviation 0.3; drawn by NumPy, so nothing compiles."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
-    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
-
-
-def recorded(module, variables, images, compile_=quick_jit):
-    """The output and everything that a tap saw, by one compiled program."""
-
-    def run(variables, images):
-        seen = {}
-        output = module.apply(variables, images, tap=lambda name, value: seen.setdefault(name, value))
-        return output, seen
-
-    return compile_(run)(variables, images)
+drawn = partial(networks.drawn, images=IMAGES)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_and_intermediates_are_timms(name):
-    data = oracle(name)
-    images = data["input_nchw"].transpose(0, 2, 3, 1)
-    module = build(data)
-    logits, seen = recorded(module, load(module, data, images), images, jax.jit)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, data["logits"], rtol=1e-4, atol=1e-5)
-    compared = {key: tap for key, tap in INTERMEDIATES.items() if key in data}
-    assert len(compared) >= 14
-    for key, tap in compared.items():
-        np.testing.assert_allclose(seen[tap], data[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    data, images = networks.oracle(name)
+    networks.assert_timms_intermediates(ZOO_NAME, build(data), data, images, INTERMEDIATES, at_least=14)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float64_logits_are_timms(name):
-    data = oracle(name)
-    images = data["input_nchw"].transpose(0, 2, 3, 1)
-    with jax.enable_x64(True):
-        module = build(data, dtype=jnp.float64)
-        logits = quick_jit(module.apply)(load(module, data, images), images.astype(np.float64))
-        assert logits.dtype == jnp.float64
-        np.testing.assert_allclose(logits, data["logits_float64"], rtol=1e-9, atol=1e-9)
+    networks.assert_timms_float64_logits(ZOO_NAME, build, *networks.oracle(name))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_windows_shifts_indices_and_masks_are_timms(name):
-    data = oracle(name)
+    data, _ = networks.oracle(name)
     full = (int(data["meta_window_size"]),) * 2
     for stage, block, *rest in data["meta_blocks_info"].tolist():
         size, window, shift = (tuple(rest[i : i + 2]) for i in (0, 2, 4))
@@ -149,18 +107,10 @@ def test_splitting_and_merging_windows():
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_full_size_names_and_shapes_are_the_checkpoints(size):
     name = f"swin_{size}_patch4_window7_224"
-    *lines, last = (ORACLES / f"keys_{name}.txt").read_text().splitlines()
-    keys = {key: tuple(map(int, shape.split(","))) for key, shape in (line.split("\t") for line in lines)}
+    keys, parameters = networks.key_list(name)
     shapes = zoo.variable_shapes(swin.Swin(**swin.PRESETS[name]), swin.SPECS[name]["input_size"])
-    leaves = named_leaves(shapes).items()
-    assert {torch_import.torch_name(leaf, "swin"): torch_shape(leaf, value.shape) for leaf, value in leaves} == keys
-    assert count_parameters(shapes) == int(last.split()[-1])
-
-
-def torch_shape(leaf, shape):
-    if not leaf.endswith("/kernel"):
-        return shape
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+    assert networks.exported_shapes(name, shapes) == keys
+    assert count_parameters(shapes) == parameters
 
 
 def test_every_preset_builds_at_its_size():

@@ -1,7 +1,6 @@
 """ViT and DeiT against timm's numbers and names, and what a tap, a key and a dtype do to them."""
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,12 @@ from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.core.trees import count_parameters, named_leaves
-from jaxvision.models import mlp, torch_import, vit, zoo
+from jaxvision.models import mlp, vit, zoo
 from jaxvision.models.layers import Dropout, DropPath
+from tests.models import networks
+from tests.models.networks import quick_jit, recorded
 
-ORACLES = Path(__file__).parents[1] / "oracles" / "vit_models"
+ZOO_NAME = "vit_base_patch16_224"
 NETWORKS = ("vit_1", "vit_2", "vit_3_gray_avgpool", "deit_distilled_1")
 INTERMEDIATES = {
     "patch_embed_out": "patch_embed.out",
@@ -35,13 +36,6 @@ INTERMEDIATES = {
 }
 TINY = partial(vit.ViT, num_classes=5, patch_size=4, width=16, depth=2, num_heads=2)
 IMAGES = np.random.default_rng(0).standard_normal((3, 8, 12, 3)).astype(np.float32)
-# A third of the compile time; only the float32 oracles run what users run.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def oracle(name):
-    with np.load(ORACLES / f"{name}.npz") as file:
-        return dict(file)
 
 
 def build(data, **changes):
@@ -60,29 +54,7 @@ def build(data, **changes):
     return vit.ViT(**{**settings, **changes})
 
 
-def load(module, data, images):
-    """Variables from the oracle's weights, through the strict converter."""
-    template = jax.eval_shape(module.init, jax.random.key(0), images)
-    state = {name[2:]: value for name, value in data.items() if name.startswith("w/")}
-    return torch_import.convert("vit_base_patch16_224", state, template)
-
-
-def recorded(module, variables, images, compile_=quick_jit):
-    """Logits and everything that a tap saw, by one compiled program."""
-
-    def run(variables, images):
-        seen = {}
-        logits = module.apply(variables, images, tap=lambda name, value: seen.setdefault(name, value))
-        return logits, seen
-
-    return compile_(run)(variables, images)
-
-
-def drawn(module, seed, images=IMAGES):
-    """Random variables, biases and scales included, of standard deviation 0.3; drawn by NumPy, so nothing compiles."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
-    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
+drawn = partial(networks.drawn, images=IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -92,27 +64,13 @@ def tiny():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_and_intermediates_are_timms(name):
-    data = oracle(name)
-    images = data["input_nchw"].transpose(0, 2, 3, 1)
-    module = build(data)
-    logits, seen = recorded(module, load(module, data, images), images, jax.jit)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, data["logits"], rtol=1e-4, atol=1e-5)
-    compared = {key: tap for key, tap in INTERMEDIATES.items() if key in data}
-    assert len(compared) >= 13
-    for key, tap in compared.items():
-        np.testing.assert_allclose(seen[tap], data[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    data, images = networks.oracle(name)
+    networks.assert_timms_intermediates(ZOO_NAME, build(data), data, images, INTERMEDIATES, at_least=13)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float64_logits_are_timms(name):
-    data = oracle(name)
-    images = data["input_nchw"].transpose(0, 2, 3, 1)
-    with jax.enable_x64(True):
-        module = build(data, dtype=jnp.float64)
-        logits = quick_jit(module.apply)(load(module, data, images), images.astype(np.float64))
-        assert logits.dtype == jnp.float64
-        np.testing.assert_allclose(logits, data["logits_float64"], rtol=1e-9, atol=1e-9)
+    networks.assert_timms_float64_logits(ZOO_NAME, build, *networks.oracle(name))
 
 
 @pytest.mark.parametrize(
@@ -125,18 +83,10 @@ def test_float64_logits_are_timms(name):
     ],
 )
 def test_full_size_names_and_shapes_are_the_checkpoints(name):
-    *lines, last = (ORACLES / f"keys_{name}.txt").read_text().splitlines()
-    keys = {key: tuple(map(int, shape.split(","))) for key, shape in (line.split("\t") for line in lines)}
+    keys, parameters = networks.key_list(name)
     shapes = zoo.variable_shapes(vit.ViT(**vit.PRESETS[name]), vit.SPECS[name]["input_size"])
-    leaves = named_leaves(shapes).items()
-    assert {torch_import.torch_name(leaf, "vit"): torch_shape(leaf, value.shape) for leaf, value in leaves} == keys
-    assert count_parameters(shapes) == int(last.split()[-1])
-
-
-def torch_shape(leaf, shape):
-    if not leaf.endswith("/kernel"):
-        return shape
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+    assert networks.exported_shapes(name, shapes) == keys
+    assert count_parameters(shapes) == parameters
 
 
 @pytest.mark.parametrize(
@@ -221,7 +171,7 @@ SITES = ["patch_embed.proj", "norm", "head"] + [
 def test_each_tapped_value_is_the_one_used():
     images = IMAGES[:1, :8, :8]
     module = TINY(depth=1)
-    variables = drawn(module, 2, images)
+    variables = networks.drawn(module, 2, images)
 
     @quick_jit
     def run(chosen):

@@ -7,6 +7,7 @@ import pytest
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.models import zoo
+from tests.models.networks import quick_jit
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,7 @@ from jaxvision.models import zoo
         ("resnet20", "cifar_resnet", 269_722 + 90 * 65),
         ("resnet50", "resnet", 25_557_032 - 900 * 2049),
         ("resnet18_tiny_imagenet", "resnet", 11_173_962 - 10 * 513 + 100 * 2049),
+        ("mobilenet_v2", "mobilenet_v2", 3_504_872 - 900 * 1281),
         ("vit_small_patch16_224", "vit", 22_050_664 - 900 * 385),
         ("deit_tiny_distilled_patch16_224", "vit", 5_910_800 - 2 * 900 * 193),
         ("swin_tiny_patch4_window7_224", "swin", 28_288_354 - 900 * 769),
@@ -61,6 +63,19 @@ def test_overrides_reach_the_network():
     model = zoo.build("resnet50", num_classes=7, stem="cifar", stage_sizes=(1, 1, 1, 1), dtype="bfloat16")
     assert (model.stem, model.num_classes, model.block) == ("cifar", 7, "bottleneck")
     assert zoo.build("vit_tiny_patch16_224", num_classes=7, depth=1).depth == 1
+
+
+def test_the_cifar_network_of_lbt_and_trs_is_a_setting():
+    """lbt.md, section 3: option A, BatchNorm1d(64) before the dense layer, Kaiming normal over the fan-in."""
+    model = zoo.build("resnet20", num_classes=100, final_norm=True)
+    assert model.shortcut == "A"
+    shapes = zoo.variable_shapes(model, (32, 32))
+    assert shapes["params"]["bn2"]["scale"].shape == shapes["batch_stats"]["bn2"]["var"].shape == (64,)
+    assert trees.count_parameters(shapes["params"]) == 269_722 + 90 * 65 + 2 * 64
+    small = zoo.build("resnet20", num_classes=100, final_norm=True, depth=8)
+    params = quick_jit(small.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    assert jnp.std(params["linear"]["kernel"]) == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+    assert jnp.std(params["layer3_0"]["conv2"]["kernel"]) == pytest.approx((2 / 576) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(

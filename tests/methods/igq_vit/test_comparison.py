@@ -17,7 +17,7 @@ from jaxvision.methods.igq_vit import bops, comparison, export, simulate
 from jaxvision.methods.igq_vit.calibration import Bits, Calibration
 from jaxvision.methods.igq_vit.comparison import Bench, Settings
 from jaxvision.methods.igq_vit.sites import list_sites
-from jaxvision.models import torch_import, zoo
+from jaxvision.models import weight_file, zoo
 from jaxvision.models.vit import ViT
 
 
@@ -147,7 +147,7 @@ def test_the_imagenet_path_runs_on_a_folder_and_a_weights_file(tmp_path):
     module = zoo.build("deit_tiny_patch16_224", num_classes=2, **settings)
     variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     weights = tmp_path / "weights.safetensors"
-    torch_import.save_variables(weights, variables, {"model": "deit_tiny_patch16_224", "num_classes": 2})
+    weight_file.save_variables(weights, variables, {"model": "deit_tiny_patch16_224", "num_classes": 2})
     config = config_file.get_config("imagenet_deit_t")
     with config.unlocked():
         config.model.settings = settings
