@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.quant import uniform
+from jaxvision.quant.affine import Affine
 
 INSTANCES = ("image", "window")
 AXES = ("channels", "rows")
@@ -38,17 +39,13 @@ def integer(value: ArrayLike) -> np.ndarray | jax.Array:
 
 
 @struct.dataclass
-class AffineQuantizer:
-    """One fixed uniform quantizer for the whole tensor, or one for each channel.
+class AffineQuantizer(Affine):
+    """One fixed uniform quantizer for the whole tensor, or one for each channel: :class:`Affine` at a site.
 
     Attributes:
-      scale, zero: float, broadcast against the activation: () per tensor, (C,) per channel of the last axis.
+      scale, zero_point: float, broadcast against the activation: () per tensor, (C,) per channel of the last axis.
       bits: int32 ().
     """
-
-    scale: jax.Array
-    zero: jax.Array
-    bits: jax.Array
 
     @classmethod
     def from_interval(
@@ -57,11 +54,6 @@ class AffineQuantizer:
         """The quantizer of the interval ``[lower, upper]``, float () or (C,)."""
         scale, zero = uniform.affine_params(lower, upper, bits, clip_zero_point=clip_zero_point)
         return cls(scale, zero, integer(bits))
-
-    def __call__(self, x: jax.Array, batch_size: int) -> jax.Array:
-        """x_hat of the shape and type of ``x``; every element by itself."""
-        del batch_size
-        return uniform.fake_quant(x, self.scale, self.zero, self.bits)
 
 
 def group_of_unit(num_units: int, num_groups: int | None) -> np.ndarray:

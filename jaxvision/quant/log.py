@@ -8,6 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxvision.quant.uniform import divide
+
 
 def _power(exponent: jax.Array | int) -> jax.Array:
     """Exact ``2^exponent`` in float32 (``exp2`` is not exact on every backend)."""
@@ -53,7 +55,7 @@ def log_sqrt2_quantize(x: jax.Array, delta: jax.Array, bits: int | jax.Array) ->
     Returns:
       ``x_hat`` like x. Source: RepQ-ViT official code, ``quant/quantizer.py``.
     """
-    code = jnp.round(2 * _negative_log2(x / delta))
+    code = jnp.round(2 * _negative_log2(divide(x, delta)))
     levels = _power(bits)
     kept = jnp.clip(code, 0, levels - 1)
     odd = 1 + (kept % 2) * (2**0.5 - 1)
@@ -80,8 +82,8 @@ def twin_softmax_quantize(
     """
     steps = _power(jnp.asarray(bits, jnp.int32) - 1) - 1
     step = split / steps
-    high = jnp.round(jnp.clip(x, split, 1) * steps) / steps
-    low = jnp.clip(jnp.round(jnp.clip(x, 0, split) / step), 0, steps) * step
+    high = divide(jnp.round(jnp.clip(x, split, 1) * steps), steps)
+    low = jnp.clip(jnp.round(divide(jnp.clip(x, 0, split), step)), 0, steps) * step
     return (high + low if official_sum else jnp.where(x > split, high, low)).astype(x.dtype)
 
 
@@ -99,8 +101,8 @@ def twin_gelu_quantize(x: jax.Array, positive: jax.Array, negative: jax.Array, b
       ``x_hat`` like x. Source: PTQ4ViT section 3.1 and official code, ``PostGeluPTQSLQuantLinear``.
     """
     half = _power(jnp.asarray(bits, jnp.int32) - 1)
-    above = jnp.clip(jnp.round(x / positive), 0, half - 1) * positive
-    below = jnp.clip(jnp.round(x / negative), -half, 0) * negative
+    above = jnp.clip(jnp.round(divide(x, positive)), 0, half - 1) * positive
+    below = jnp.clip(jnp.round(divide(x, negative)), -half, 0) * negative
     return (above + below).astype(x.dtype)
 
 

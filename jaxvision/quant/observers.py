@@ -105,8 +105,8 @@ def percentile_update(state: RangeState, x: jax.Array | np.ndarray) -> RangeStat
 def affine_clipped(lower: jax.Array, upper: jax.Array, bits: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """FQ-ViT's ``s = max((u - l) / (2^b - 1), eps)``, ``z = clip(-round(l / s), 0, 2^b - 1)``."""
     top = jnp.asarray(uniform.max_code(bits), lower.dtype)
-    scale = jnp.maximum((upper - lower) / top, EPSILON)
-    return scale, jnp.clip(-jnp.round(lower / scale), 0, top)
+    scale = jnp.maximum(uniform.divide(upper - lower, top), EPSILON)
+    return scale, jnp.clip(-jnp.round(uniform.divide(lower, scale)), 0, top)
 
 
 def affine_symmetric(lower: jax.Array, upper: jax.Array, bits: int | jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,13 +115,13 @@ def affine_symmetric(lower: jax.Array, upper: jax.Array, bits: int | jax.Array) 
     Returned in the unsigned form of this package: the zero point is ``2^(b-1)`` for signed code 0.
     """
     top = jnp.asarray(uniform.max_code(bits), lower.dtype)
-    scale = jnp.maximum(jnp.maximum(-lower, upper) / (top / 2), EPSILON)
+    scale = jnp.maximum(uniform.divide(jnp.maximum(-lower, upper), top / 2), EPSILON)
     return scale, jnp.broadcast_to((top + 1) / 2, scale.shape)
 
 
 def fake_quant_clipped(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int | jax.Array) -> jax.Array:
     """``s * (clip(round(x / s + z), 0, 2^b - 1) - z)``, one rounding as in FQ-ViT."""
-    return (jnp.clip(jnp.round(x / scale + zero), 0, uniform.max_code(bits)) - zero) * scale
+    return (jnp.clip(jnp.round(uniform.divide(x, scale) + zero), 0, uniform.max_code(bits)) - zero) * scale
 
 
 def range_params(state: RangeState, x: jax.Array, bits: int | jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,10 +1,11 @@
-"""What every activation quantizer promises. A new one is added to ``CASES`` and inherits all tests.
+"""What every quantizer promises. A new one is added to ``CASES`` or ``TRAINED`` and inherits all tests.
 
-A case is made for an activation ``x`` (B, N, C), or (B, H, N, N) for attention, and is called as ``q(x, batch_size)``.
+A case of ``CASES`` (post-training) is made for an activation ``x`` (B, N, C), or (B, H, N, N) for attention, and is
+called as ``q(x, batch_size)``. One of ``TRAINED`` is fitted to a kernel or an activation (..., C).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,9 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvision.core.errors import ConfigError
 from jaxvision.methods.igq_vit.groups import InstanceGroupQuantizer, calibrate_bounds, channel_range, row_range
 from jaxvision.quant import log
 from jaxvision.quant.activation import AffineQuantizer, DynamicGroupQuantizer
+from jaxvision.quant.affine import Affine
+from jaxvision.quant.binary import BinaryActivation, BinaryWeight, RSign
+from jaxvision.quant.dorefa import DoReFaActivation, DoReFaWeight
+from jaxvision.quant.ewgs import EWGSActivation, EWGSWeight
+from jaxvision.quant.families import FAMILIES
+from jaxvision.quant.lbt import LBTActivation, LBTWeight
+from jaxvision.quant.lsq import LSQ
+from jaxvision.quant.pact import PACT
+from jaxvision.quant.trs import TRSActivation, TRSWeight
 
 BITS = 4
 BATCH = 3
@@ -30,7 +41,7 @@ class Case:
       idempotent: quantizing twice is quantizing once. Dynamic intervals don't all survive their own rounding.
       channelwise: channels (or rows) don't influence each other.
       masked_zero: what is too small for the last code becomes 0, one value more than there are codes (as officially).
-      exact: compiled and uncompiled agree to the bit; otherwise to 1e-6 (logarithms, divisions by broadcast values).
+      exact: compiled and uncompiled agree to the bit; otherwise to 1e-6 (logarithms).
     """
 
     make: Callable[[jax.Array], Any]
@@ -71,10 +82,8 @@ CASES = {
     "log_sqrt2": Case(
         lambda x: log.LogSqrt2Quantizer(jnp.float32(0.9), _int(BITS)), attention=True, masked_zero=True, exact=False
     ),
-    "twin_softmax": Case(
-        lambda x: log.TwinSoftmaxQuantizer(jnp.float32(2.0**-3), _int(BITS)), attention=True, exact=False
-    ),
-    "twin_gelu": Case(lambda x: log.TwinGeluQuantizer(jnp.float32(0.7), jnp.float32(0.3), _int(BITS)), exact=False),
+    "twin_softmax": Case(lambda x: log.TwinSoftmaxQuantizer(jnp.float32(2.0**-3), _int(BITS)), attention=True),
+    "twin_gelu": Case(lambda x: log.TwinGeluQuantizer(jnp.float32(0.7), jnp.float32(0.3), _int(BITS))),
 }
 
 every = pytest.mark.parametrize("name", list(CASES))
@@ -207,3 +216,201 @@ def test_bfloat16_activations(made, name):
     assert low.dtype == jnp.bfloat16
     close = np.isclose(np.asarray(low, np.float32), x_hat, rtol=0.05, atol=0.02 * float(jnp.abs(x).max()))
     assert close.mean() > 0.8
+
+
+# --- trained quantizers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A class with its settings, and what it declares.
+
+    Attributes:
+      codes: the smallest and the largest code of a width.
+      passes: where ``x`` gets a gradient, of (quantizer, x).
+      back: maps x_hat to an input that has the same codes; the identity where x_hat has the scale of x.
+      widths: the smallest and the largest.
+      relu: its input is never negative.
+    """
+
+    kind: type
+    codes: Callable[[int], tuple[int, int]]
+    passes: Callable[[Any, np.ndarray], np.ndarray]
+    settings: dict[str, Any] = field(default_factory=dict)
+    back: Callable[[Any, np.ndarray], np.ndarray] = lambda q, x_hat: x_hat
+    widths: tuple[int, int] = (1, 8)
+    relu: bool = False
+
+
+def _signed(bits: int) -> tuple[int, int]:
+    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _symmetric(bits: int) -> tuple[int, int]:
+    return -max(1, 2 ** (bits - 1) - 1), max(1, 2 ** (bits - 1) - 1)
+
+
+def _odd(bits: int) -> tuple[int, int]:
+    return 1 - 2**bits, 2**bits - 1
+
+
+def _unsigned(bits: int) -> tuple[int, int]:
+    return 0, 2**bits - 1
+
+
+def _trs_passes(codes: Callable[[int], tuple[int, int]], full: int) -> Callable[[Any, np.ndarray], np.ndarray]:
+    """``full``: the scale stands for 2^(b - full) codes, and for one at one bit."""
+
+    def passes(q: Any, x: np.ndarray) -> np.ndarray:
+        low, high = codes(q.bits)
+        v = x / (q.scale + 1e-6) * (1 if q.bits == 1 else 2 ** (q.bits - full))
+        return (v >= low) & (v <= high)
+
+    return passes
+
+
+def _lsq_passes(q: Any, x: np.ndarray) -> np.ndarray:
+    low, high = q.code_range()
+    return (x / q.scale >= low) & (x / q.scale <= high)
+
+
+def _affine_passes(q: Any, x: np.ndarray) -> np.ndarray:
+    low, high = (_symmetric if q.symmetric else _unsigned)(q.bits)
+    free = np.round(x / q.scale) + q.zero()
+    return (free >= low) & (free <= high)
+
+
+def _dorefa_passes(q: Any, x: np.ndarray) -> np.ndarray:
+    return np.asarray((q.bits == 1) | (jnp.abs(jnp.tanh(x)) < 1))
+
+
+def _dorefa_back(q: Any, x_hat: np.ndarray) -> np.ndarray:
+    return x_hat if q.bits == 1 else np.arctanh(0.9 * x_hat)
+
+
+def _unscaled(q: Any, x_hat: np.ndarray) -> np.ndarray:
+    return x_hat * (q.scale + 1e-6)
+
+
+def _within(q: Any, x: np.ndarray) -> np.ndarray:
+    return (x >= q.lower) & (x <= q.upper)
+
+
+TRAINED = {
+    "trs_weight": Trained(TRSWeight, _signed, _trs_passes(_signed, 1), back=_unscaled),
+    "trs_weight_symmetric": Trained(
+        TRSWeight, _symmetric, _trs_passes(_symmetric, 1), {"symmetric": True}, back=_unscaled
+    ),
+    "trs_activation": Trained(TRSActivation, _unsigned, _trs_passes(_unsigned, 0), back=_unscaled, relu=True),
+    "trs_activation_signed": Trained(TRSActivation, _signed, _trs_passes(_signed, 1), {"signed": True}, back=_unscaled),
+    "lbt_weight": Trained(LBTWeight, _symmetric, lambda q, x: np.abs(x) <= q.scale, widths=(2, 8)),
+    "lbt_activation": Trained(LBTActivation, _unsigned, lambda q, x: x <= q.scale, relu=True),
+    "lbt_activation_signed": Trained(
+        LBTActivation, _symmetric, lambda q, x: np.abs(x) <= q.scale, {"signed": True}, widths=(2, 8)
+    ),
+    "lsq": Trained(LSQ, _signed, _lsq_passes),
+    "lsq_channel": Trained(LSQ, _signed, _lsq_passes, {"per_channel": True}),
+    "lsq_activation": Trained(LSQ, _unsigned, _lsq_passes, {"signed": False}, relu=True),
+    "ewgs_weight": Trained(EWGSWeight, _odd, _within, back=lambda q, y: q.lower + (q.upper - q.lower) * (y + 1) / 2),
+    "ewgs_activation": Trained(
+        EWGSActivation, _unsigned, _within, back=lambda q, y: q.lower + (q.upper - q.lower) * y, relu=True
+    ),
+    "dorefa_weight": Trained(DoReFaWeight, _odd, _dorefa_passes, back=_dorefa_back),
+    "dorefa_activation": Trained(DoReFaActivation, _unsigned, lambda q, x: x <= 1, relu=True),
+    "pact": Trained(PACT, _unsigned, lambda q, x: x < q.alpha, relu=True),
+    "affine_tensor": Trained(Affine, _unsigned, _affine_passes, widths=(1, 16)),
+    "affine_symmetric_channel": Trained(
+        Affine, _symmetric, _affine_passes, {"symmetric": True, "per_channel": True}, widths=(2, 16)
+    ),
+    "binary_weight": Trained(BinaryWeight, _odd, lambda q, x: np.abs(x) <= 1, widths=(1, 1)),
+    "binary_activation": Trained(BinaryActivation, _odd, lambda q, x: np.abs(x) < 1, widths=(1, 1)),
+    "rsign": Trained(RSign, _odd, lambda q, x: np.abs(x) < 1, widths=(1, 1)),
+}
+
+trained = pytest.mark.parametrize("name", list(TRAINED))
+
+
+def fitted(case: Trained, bits: int) -> tuple[Any, jax.Array]:
+    """The quantizer of a tensor and, for it to clip, four times that tensor."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4, 6)), jnp.float32)
+    x = jnp.abs(x) if case.relu else x
+    return case.kind.fit(x, bits, **case.settings), 4 * x
+
+
+def everything(q: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+    x_hat, back = jax.vjp(q, x)
+    return q.codes(x), x_hat, q.step(x), jnp.asarray(q.zero()), *back(jnp.ones_like(x))
+
+
+def test_every_family_has_passed():
+    kinds = {case.kind for case in TRAINED.values()}
+    assert {kind for family in FAMILIES.values() for kind in (family.weight, family.activation)} <= kinds
+
+
+@trained
+def test_codes_of_every_width(name):
+    """Range, step and zero, order, idempotence; a traced width and a compiled program change no bit."""
+    case, traces = TRAINED[name], []
+
+    @jax.jit
+    def traced(q, x):
+        traces.append(1)
+        return everything(q, x)
+
+    for bits in range(case.widths[0], min(8, case.widths[1]) + 1):
+        q, x = fitted(case, bits)
+        codes, x_hat = np.asarray(q.codes(x)), np.asarray(q(x))
+        found = traced(q.replace(bits=jnp.int32(bits)), x)
+        np.testing.assert_array_equal(found[0], codes)
+        np.testing.assert_array_equal(found[1], x_hat)
+        assert codes.dtype == np.int32 and x_hat.dtype == x.dtype and x_hat.shape == x.shape
+        low, high = case.codes(bits)
+        assert low <= codes.min() < codes.max() <= high
+        np.testing.assert_allclose(x_hat, q.step(x) * (codes - q.zero()), rtol=1e-6)
+        for before, after in zip(np.asarray(x).reshape(-1, 6).T, codes.reshape(-1, 6).T):
+            assert (np.diff(after[np.argsort(before)]) >= 0).all()
+        np.testing.assert_array_equal(q.codes(case.back(q, x_hat)), codes)
+    assert len(traces) == 1
+
+
+@trained
+@pytest.mark.parametrize("width", [0, 1], ids=["narrowest", "4"])
+def test_the_gradient_is_the_declared_one(name, width):
+    """Which elements get one; and it is the same whether the width is static or traced."""
+    case = TRAINED[name]
+    bits = min(4, case.widths[1]) if width else case.widths[0]
+    q, x = fitted(case, bits)
+    dx = jax.jit(lambda x: everything(q, x)[-1])(x)
+    np.testing.assert_array_equal(dx != 0, case.passes(q, np.asarray(x)))
+    if not width:
+        traced = jax.jit(everything)(q.replace(bits=jnp.int32(bits)), x)[-1]
+        np.testing.assert_allclose(traced, dx, rtol=1e-6)
+
+
+@trained
+def test_bfloat16_is_quantized_in_float32(name):
+    q, x = fitted(TRAINED[name], TRAINED[name].widths[0])
+    low = x.astype(jnp.bfloat16)
+    assert q(low).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(q(low), q(low.astype(jnp.float32)).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(q.codes(low), q.codes(low.astype(jnp.float32)))
+
+
+@trained
+def test_impossible_widths_and_scales_are_named(name):
+    case = TRAINED[name]
+    q, x = fitted(case, case.widths[0])
+    for bits in (case.widths[0] - 1, case.widths[1] + 1, case.widths[1] + 0.5):
+        with pytest.raises(ConfigError, match=rf"{case.kind.__name__}: bits={bits}"):
+            case.kind.fit(x, bits, **case.settings)
+        for call in (q.replace(bits=bits), q.replace(bits=bits).codes):
+            with pytest.raises(ConfigError, match=rf"{case.kind.__name__}: bits={bits}"):
+                call(x)
+    scales = set(case.kind.LEARNED) - {"shift", "zero_point"}
+    if not scales:
+        return
+    empty = q.replace(**{scale: 0 * getattr(q, scale) for scale in scales})
+    with pytest.raises(ConfigError, match=rf"{case.kind.__name__}.*(must be finite and not 0|must lie below)"):
+        empty(x)
+    if case.kind is not Affine:  # whose scale, calibrated and not trained, has its floor in ``fit``
+        assert np.isfinite(jax.jit(everything)(empty, x)[-1]).all()

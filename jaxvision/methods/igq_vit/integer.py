@@ -240,8 +240,8 @@ def attention_int(
     scale, zero = scale[head, group], zero[head, group]
     codes = uniform.quantize(attention, scale[..., None], zero[..., None], quantizer.bits)
     v = value_quantizer
-    v_codes = uniform.quantize(values, v.scale, v.zero, v.bits)
-    return igq_attention_int(codes, scale, zero, quantizer.bits, v_codes, v.scale, v.zero, v.bits)
+    v_codes = uniform.quantize(values, v.scale, v.zero_point, v.bits)
+    return igq_attention_int(codes, scale, zero, quantizer.bits, v_codes, v.scale, v.zero_point, v.bits)
 
 
 def integer_layers(
