@@ -1,0 +1,325 @@
+"""Calibration errors against the official numbers and the float64 references, and in every split of the rows."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.metrics import calibration, calibration_ood
+from jaxvision.metrics.calibration import Bins, Ranked
+from jaxvision.metrics.calibration_rows import Rows
+from jaxvision.metrics.calibration_scan import Scaling, batch_averages, measure
+from jaxvision.metrics.calibration_sums import Calibration, Confidences, ExactBins
+
+ORACLES = Path(__file__).parents[1] / "oracles" / "calibration_metrics"
+OFFICIAL = {
+    "ece": "official_ece",
+    "adaptive_ece": "official_aece",
+    "classwise_ece": "official_cece",
+    "overconfidence": "official_oe",
+    "underconfidence": "official_ue",
+    "nll": "official_nll",
+    "brier": "official_brier",
+    "accuracy": "official_acc",
+    "mce": "official_mce",
+    "ace": "official_ace_nonempty",
+    "rmsce": "official_rms",
+    "top5_accuracy": "official_acc5",
+}
+
+
+@partial(jax.jit, static_argnames=("num_bins", "include_lowest", "ignore", "classwise"))
+def sums(*batch, **options):
+    return Calibration.of(*batch, **options)
+
+
+bin_up = jax.jit(ExactBins.of, static_argnums=3)
+
+
+def numbers(metric, **options):
+    """Computed on the host: nothing to compile."""
+    return jax.tree.map(np.asarray, metric).compute(**options)
+
+
+def load(pattern):
+    return [pytest.param(dict(np.load(path)), id=path.stem) for path in sorted(ORACLES.glob(pattern))]
+
+
+@pytest.mark.parametrize("case", load("metrics_*.npz"))
+def test_official_values_from_logits(case):
+    bins = int(case["num_bins"])
+    values = measure(Rows.of(case["logits"], case["labels"]), num_bins=bins).values
+    for name, key in OFFICIAL.items():
+        if key not in case:
+            continue
+        if name == "top5_accuracy" and case["probs"].min() == 0:
+            continue  # the official one ranks probabilities, of which many are 0 here; this one ranks logits
+        np.testing.assert_allclose(values[name], case[key], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("case", load("metrics_*.npz"))
+def test_reference_values_from_probabilities(case):
+    rows = Rows.of(case["probs"].astype(np.float64), case["labels"])
+    bins = int(case["num_bins"])
+    observed = measure(rows, num_bins=bins, probabilities=True)
+    every = measure(rows, num_bins=bins, probabilities=True, all_classes=True)
+    references = {name: key.replace("official", "ref") for name, key in OFFICIAL.items()}
+    references["classwise_ece"] = "ref_cece_observed"
+    for name, key in references.items():
+        if key in case:
+            np.testing.assert_allclose(observed.values[name], case[key], rtol=1e-9, atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(every.values["classwise_ece"], case["ref_cece_all"], rtol=1e-9)
+    np.testing.assert_allclose(calibration.ece(every.classes.bins()), case["ref_cece_per_class"], rtol=1e-9, atol=1e-15)
+    np.testing.assert_array_equal(calibration.fixed_edges(bins), case["ref_edges"])
+    full = case["ref_bin_count"] > 0
+    np.testing.assert_array_equal(every.top.count, case["ref_bin_count"])
+    np.testing.assert_allclose(every.top.mean_confidence()[full], case["ref_bin_conf"][full], rtol=1e-9)
+    np.testing.assert_allclose(every.top.accuracy()[full], case["ref_bin_acc"][full], rtol=1e-9)
+    np.testing.assert_allclose(every.ranked.adaptive_edges(bins), case["ref_adaptive_edges"], rtol=1e-12)
+    np.testing.assert_array_equal(every.adaptive.count, case["ref_adaptive_count"])
+
+
+@pytest.mark.parametrize("case", load("metrics_*.npz"))
+def test_float64_logits_are_measured_in_float64(case):
+    rows = Rows.of(case["logits"].astype(np.float64), case["labels"])
+    values = measure(rows, num_bins=int(case["num_bins"]), all_classes=True).values
+    for name, key in (("ece", "ece"), ("mce", "mce"), ("adaptive_ece", "aece"), ("classwise_ece", "cece_all")):
+        np.testing.assert_allclose(values[name], case[f"full_f64_{key}"], rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(values["nll"], case["nll_f64"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", load("segmentation_*.npz"))
+def test_segmentation_pooled_and_batch_by_batch(case):
+    labels, ignore = case["labels"], (255, 0)
+    pooled = Rows.of(case["logits"].astype(np.float64), labels, ignore=ignore)
+    values = measure(pooled).values
+    for name, key in (("ece", "ece"), ("adaptive_ece", "aece"), ("classwise_ece", "cece_observed")):
+        np.testing.assert_allclose(values[name], case[f"pooled_{key}_f64"], rtol=1e-7, err_msg=name)
+    batches = [Rows.of(*pair, ignore=ignore) for pair in zip(case["logits"], labels)]
+    averages = batch_averages(batches)
+    for name, key in (("nll", "nll"), ("ece", "ece"), ("adaptive_ece", "aece"), ("classwise_ece", "cece")):
+        np.testing.assert_allclose(averages[name], case[f"per_batch_mean_{key}"], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", load("ood_auroc_*.npz"))
+def test_auroc(case):
+    known, unknown = (
+        calibration_ood.scores(Rows.of(p, np.zeros(len(p), int)), probabilities=True)
+        for p in (case["in_probs"], case["out_probs"])
+    )
+    for name, value in calibration_ood.ood_auroc(known, unknown).items():
+        np.testing.assert_allclose(value, case[name], rtol=1e-9, err_msg=name)
+
+
+def test_auroc_counts_ties_half_and_needs_both_sides():
+    assert calibration_ood.auroc(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 0.75
+    with pytest.raises(DataError, match="at least one finite positive score"):
+        calibration_ood.auroc(np.zeros(2), np.zeros(0))
+
+
+def test_the_least_confident_row_counts_only_on_request():
+    ranked = Ranked.of(np.array([0.9, 0.5, 0.7, 0.6]), np.array([1, 0, 1, 0]))
+    edges = ranked.adaptive_edges(2)
+    assert ranked.bins(edges).count.sum() == 3
+    assert ranked.bins(edges, include_lowest=True).count.tolist() == [3, 1]
+    np.testing.assert_allclose(edges, [0.5, 0.7, 0.9])
+
+
+def test_grouping_neighbours_keeps_every_bin():
+    generator = np.random.default_rng(0)
+    confidence = generator.beta(4, 2, 5000)
+    ranked = Ranked.of(confidence, generator.random(5000) < confidence)
+    edges = calibration.fixed_edges()
+    # Cut where the bins end, as the simulations do.
+    grouped = ranked.grouped(200, ranked.positions(edges))
+    assert len(grouped.count) < 230
+    for exact, rough in zip(jax.tree.leaves(ranked.bins(edges)), jax.tree.leaves(grouped.bins(edges))):
+        np.testing.assert_allclose(exact, rough, rtol=1e-12)
+    np.testing.assert_allclose(ranked.adaptive_edges()[1:-1], grouped.adaptive_edges()[1:-1], atol=0.01)
+
+
+def test_empty_bins_and_no_rows():
+    bins = Bins(np.array([0.0, 2]), np.array([0.0, 1.8]), np.array([0.0, 1]), np.float64(2))
+    assert np.isnan(bins.accuracy()[0])
+    np.testing.assert_allclose([calibration.ece(bins), calibration.ace(bins), calibration.mce(bins)], 0.4)
+    nothing = jax.jit(lambda: Calibration.init(4).compute())()
+    assert all(np.isnan(nothing[name]) for name in ("accuracy", "nll", "brier", "ece", "rmsce", "classwise_ece"))
+    with pytest.raises(ConfigError, match="num_bins=0"):
+        calibration.fixed_edges(0)
+
+
+# --- the host's blocks -----------------------------------------------------------------------------------------------
+
+
+def example(rows=600, classes=7, seed=0):
+    generator = np.random.default_rng(seed)
+    logits = (generator.normal(size=(rows, classes)) * 3).astype(np.float32)
+    return logits, generator.integers(0, classes, rows)
+
+
+def test_blocks_of_any_size_give_the_same_numbers():
+    logits, labels = example()
+
+    def blocks(step):
+        return lambda: ((logits[i : i + step], labels[i : i + step]) for i in range(0, len(labels), step))
+
+    whole = measure(Rows.of(logits, labels)).values
+    for step in (1, 37, 600):
+        values = measure(Rows(blocks(step), 7)).values
+        for name, value in whole.items():
+            np.testing.assert_allclose(values[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_dense_half_precision_and_ignored_rows():
+    logits, labels = example()
+    logits = logits.astype(np.float16)
+    dense = np.where(np.arange(600) % 5 == 0, 255, labels).reshape(3, 10, 20)
+    values = measure(Rows.of(logits.reshape(3, 10, 20, 7), dense, ignore=(255,))).values
+    kept = np.arange(600) % 5 != 0
+    expected = measure(Rows.of(logits[kept].astype(np.float32), labels[kept])).values
+    for name, value in expected.items():
+        np.testing.assert_allclose(values[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_scaling_changes_no_prediction():
+    logits, labels = example()
+    before, after = (measure(Rows.of(logits, labels), Scaling(scale)).values for scale in (1.0, 0.3))
+    assert before["accuracy"] == after["accuracy"] and before["top5_accuracy"] == after["top5_accuracy"]
+    assert after["ece"] != before["ece"]
+
+
+def test_ties_go_to_the_lower_class():
+    logits = np.zeros((4, 6), np.float32)
+    values = measure(Rows.of(logits, np.array([0, 1, 4, 5]))).values
+    assert values["accuracy"] == 0.25
+    assert values["top5_accuracy"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((3, 4)), np.array([0, 4, 1]), "label 4 of row 1 is none of the 4 classes"),
+        (np.zeros((3, 4)), np.array([0, -1, 1]), "label -1 of row 1"),
+        (np.array([[0.0, 1], [np.nan, 0]]), np.array([0, 1]), "row 1 of the logits holds nan"),
+        (np.array([[0.0, np.inf], [0, 0]]), np.array([0, 1]), "row 0 of the logits holds inf"),
+        (np.zeros((3, 1)), np.zeros(3, int), "have 1 class on their last axis"),
+        (np.zeros((1, 3)), np.zeros(1, int), "hold 1 rows that count, but calibration needs at least 2"),
+        (np.zeros((0, 3)), np.zeros(0, int), "hold 0 rows that count"),
+        (np.zeros((3, 4)), np.zeros(2, int), r"\(3, 4\), which does not fit labels of shape \(2,\)"),
+        (np.zeros((2, 5, 3, 3)), np.zeros((2, 3, 3), int), "the class axis must be the last one"),
+        (np.zeros(3), np.zeros(3, int), r"must be \(rows, classes\)"),
+        (np.zeros((3, 4)), np.zeros(3), "must be integers"),
+        (np.zeros((3, 4), int), np.zeros(3, int), "are these predicted classes"),
+    ],
+)
+def test_bad_rows_are_one_sentence(logits, labels, message):
+    with pytest.raises(DataError, match=message):
+        measure(Rows.of(logits, labels))
+
+
+def test_what_is_no_probability_is_refused():
+    logits, labels = example(20)
+    with pytest.raises(DataError, match="holds no probabilities"):
+        measure(Rows.of(logits, labels), probabilities=True)
+    with pytest.raises(ConfigError, match="scale their logarithms"):
+        measure(Rows.of(logits, labels), Scaling(0.5), probabilities=True)
+
+
+# --- the engine's metric objects -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", load("metrics_[4567].npz"))
+def test_device_metric_equals_the_official_numbers(case):
+    # Saturated logits (case 5): float32 probabilities of 0 are compared with what they are in float64.
+    options = {"num_bins": int(case["num_bins"]), "include_lowest": True}
+    metric = sums(case["logits"], case["labels"], **options)
+    values, host = numbers(metric), measure(Rows.of(case["logits"], case["labels"]), **options, all_classes=True).values
+    for name in ("ece", "mce", "ace", "rmsce", "overconfidence", "underconfidence", "nll", "brier", "accuracy"):
+        np.testing.assert_allclose(values[name], case[OFFICIAL[name]], rtol=1e-5, atol=2e-7, err_msg=name)
+    for every in (numbers(metric, all_classes=True), host):
+        np.testing.assert_allclose(every["classwise_ece"], case["full_f64_cece_all"], rtol=1e-5)
+    np.testing.assert_allclose(values["classwise_ece"], case["full_f64_cece_observed"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [600, 64, 7])
+def test_padding_and_batch_size_change_nothing(batch):
+    logits, labels = example()
+    whole, update = numbers(sums(logits, labels)), jax.jit(lambda metric, *part: metric.update(*part))
+    pool = jax.jit(Confidences.of, static_argnums=3)
+    confidences = pool(logits, labels, np.arange(600), 600)
+    metric, pooled = jax.jit(lambda: Calibration.init(7))(), None
+    for start in range(0, 600, batch):
+        rows = np.arange(start, start + batch)
+        mask = (rows < 600).astype(np.float32)
+        part = np.where(mask[:, None] > 0, logits[rows % 600], np.nan), np.where(mask > 0, labels[rows % 600], 99)
+        metric = update(metric, *part, mask)
+        seen = pool(*part, rows, 600, mask)
+        pooled = seen if pooled is None else pooled.merge(seen)
+    for name, value in whole.items():
+        np.testing.assert_allclose(numbers(metric)[name], value, rtol=2e-6, err_msg=name)
+    np.testing.assert_allclose(pooled.confidence, confidences.confidence, rtol=1e-6)
+    expected = measure(Rows.of(logits, labels)).values["adaptive_ece"]
+    np.testing.assert_allclose(pooled.compute()["adaptive_ece"], expected, rtol=1e-6)
+
+
+def test_ignored_pixels_do_not_count():
+    logits, labels = example()
+    dense = np.where(np.arange(600) % 3 == 0, 255, labels).reshape(6, 10, 10)
+    mask = np.array([1, 1, 1, 1, 1, 0])
+    found = numbers(sums(logits.reshape(6, 10, 10, 7), dense, mask, ignore=255, classwise=False))
+    kept = (np.arange(600) % 3 != 0) & (np.arange(600) < 500)
+    expected = measure(Rows.of(logits[kept], labels[kept])).values
+    assert "classwise_ece" not in found
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-6, err_msg=name)
+
+
+def test_integer_sums_are_exact_in_any_order_and_beyond_float32():
+    generator = np.random.default_rng(1)
+    confidence = generator.random(4000).astype(np.float32)
+    correct = generator.random(4000) < 0.5
+    order = generator.permutation(4000)
+    every = np.ones(4000, bool)
+    whole = bin_up(confidence, correct, every, 15)
+    parts = [bin_up(confidence[rows], correct[rows], every[rows], 15) for rows in np.split(order, 4)]
+    merged = parts[0].merge(parts[1]).merge(parts[2]).merge(parts[3])
+    # Digits may carry over at different moments; what they mean is the same, and float64 holds it exactly.
+    whole, merged = (jax.tree.map(np.asarray, each).bins() for each in (whole, merged))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(merged)):
+        np.testing.assert_array_equal(a, b)
+    expected = np.histogram(confidence, calibration.fixed_edges(15), weights=confidence.astype(np.float64))[0]
+    np.testing.assert_allclose(whole.confidence, expected, rtol=1e-7)
+    # 0.3 added to a large float32 sum rounds to 0.5: a naive sum is wrong by half.
+    many = jax.tree.map(
+        lambda leaf: np.asarray(leaf) * 20000, bin_up(np.full(1000, 0.3), every[:1000], every[:1000], 1)
+    )
+    np.testing.assert_allclose(many.bins().confidence, [0.3 * 2e7], rtol=1e-7)
+
+
+def test_more_rows_than_one_chunk_are_carried(monkeypatch):
+    from jaxvision.metrics import calibration_sums
+
+    confidence = np.linspace(0.01, 1, 1000, dtype=np.float32)
+    every = np.ones(1000, bool)
+    whole = jax.tree.map(np.asarray, bin_up(confidence, every, every, 4)).bins()
+    monkeypatch.setattr(calibration_sums, "_CHUNK", 300)
+    cut = jax.jit(lambda *rows: ExactBins.of(*rows, 4))(confidence, every, every)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(jax.tree.map(np.asarray, cut).bins())):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_members_of_a_vmapped_comparison_keep_their_axis():
+    logits, labels = example(64)
+    stacked = jnp.stack([jnp.asarray(logits), jnp.asarray(logits) * 0.5])
+    # The numbers too may be computed inside a program.
+    found = jax.jit(jax.vmap(lambda z: Calibration.of(z, jnp.asarray(labels)).compute()))(stacked)
+    outside = numbers(jax.jit(jax.vmap(lambda z: Calibration.of(z, jnp.asarray(labels))))(stacked))
+    for index, scale in enumerate((1.0, 0.5)):
+        expected = measure(Rows.of(logits * np.float32(scale), labels)).values
+        for name in found:
+            np.testing.assert_allclose(found[name][index], expected[name], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(outside[name][index], expected[name], rtol=1e-5, err_msg=name)
