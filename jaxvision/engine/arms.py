@@ -10,6 +10,7 @@ Each evaluation logs a metric ``m`` as ``m_0``, ``m_1``, ... in the order of ``A
 mean and spread of them, with the setting chosen on one evaluation and judged on another.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ START = "start"
 """``State.extra`` of the variables all arms start from, leaves [S, ...]."""
 SETTING = "setting"
 """``State.extra`` of a member's setting: name -> float32 ()."""
+SHORT = 1000
+"""An arm of fewer steps is compiled quickly: most of the time of a small comparison goes into compiling."""
 KEPT = "kept"
 """``State.extra`` of what finished arms left: name of the arm -> a tree with leaves [members, ...]."""
 
@@ -114,12 +117,12 @@ def stage(
       data: the training batches of each seed.
       evals: name -> evaluation batches.
       every: evaluate each so many steps; 0: at the end.
-      how: "map": members one after the other; "vmap": at once (see :func:`seeds.step_seeds`).
+      how: "map": members one after the other; "vmap": at once; "unroll" (see :func:`seeds.over`).
       after: the arm that runs before, whose ``keep`` and ``pretrains`` are seen to when this one begins.
     """
     members = arm.members(seeds)
     owners = tuple(seeds[member.seed] for member in members)
-    over = jax.lax.map if how == "map" else lambda function, tree: jax.vmap(function)(tree)
+    over = functools.partial(seed_axis.over, how=how)
 
     def begin(state: State, key: jax.Array) -> State:
         index = np.asarray([member.seed for member in members])
@@ -160,6 +163,7 @@ def stage(
         begin=begin,
         evals={name: Eval(batches, evaluate, every) for name, batches in evals.items()},
         schedules=arm.schedules,
+        quickly=arm.steps < SHORT,
     )
 
 

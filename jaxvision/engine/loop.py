@@ -124,7 +124,8 @@ class _Run:
     def _fold_compiled(self, index: int, stage: Stage, state: Any, sums: Any, step: int) -> Any:
         """Folds one jitted program over the batches of a stage."""
         first = self.plan.offsets[index]
-        compiled = self.parallel.compile(training_step(stage, self.options.seed), donate=(0, 1))
+        step_fn = training_step(stage, self.options.seed)
+        compiled = self.parallel.compile(step_fn, donate=(0, 1), quickly=stage.quickly)
         batches = prefetch(
             lambda local: stage.data.batch_at(local, self.parallel.shard_index, self.parallel.shard_count),
             step - first,

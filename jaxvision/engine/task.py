@@ -93,6 +93,8 @@ class Stage:
         named ``seconds...`` go to timing.jsonl, as times are no function of the step.
       schedules: values to log that are functions of the step within the stage, such as the learning rate.
       label: ``step -> text`` for the progress bar of stages whose steps differ in kind.
+      quickly: compile in half the time, for stages of so few steps that they don't repay more (on CPU; see
+        ``parallel.compiler_options``).
     """
 
     name: str
@@ -104,6 +106,7 @@ class Stage:
     compiled: bool = True
     schedules: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
     label: Callable[[int], str] | None = None
+    quickly: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
-"""Mixup and CutMix on the device, with timm's semantics: one draw for the whole batch.
+"""Mixup and CutMix on the device: one draw for the whole batch.
 
-Partners are the global batch in reverse order, so a run on 8 devices mixes the same pairs as a run on one.
+:func:`mix` has timm's semantics: partners are the global batch in reverse order. :func:`draw_pairs`,
+:func:`permute_rows` and :func:`blend` are mixup as published, with partners by a random permutation. Both mix the same
+pairs on 8 devices as on one.
 """
+
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxvision.core import devices
+from jaxvision.core.errors import ConfigError
 
 
 def soft_targets(labels: jax.Array, num_classes: int, label_smoothing: float = 0.0) -> jax.Array:
@@ -96,3 +102,58 @@ def cut_box(key: jax.Array, lam: jax.Array, size: tuple[int, int]) -> jax.Array:
 
     height, width = size
     return span(key_y, height)[:, None] & span(key_x, width)[None, :]
+
+
+class Pairs(NamedTuple):
+    """How a batch is mixed with itself.
+
+    Attributes:
+      lam: float32 (), the weight of the own image.
+      permutation: int32 [B], the number of every row's partner; B counts the rows of the global batch.
+    """
+
+    lam: jax.Array
+    permutation: jax.Array
+
+
+def draw_pairs(key: jax.Array, local_rows: int, alpha: float) -> Pairs:
+    """``lam ~ Beta(alpha, alpha)``, not folded to [1/2, 1], and a uniform permutation (fixed points allowed).
+
+    Source: mixup of arXiv:1710.09412 and its official code; ``mixup_process`` of the official code of RankMixup.
+
+    Args:
+      key: typed key, the same on every device.
+      local_rows: rows of the batch on this device (all of them under ``jit``).
+      alpha: concentration; lam is 1 for alpha <= 0, as in both codes.
+
+    Raises:
+      ConfigError: an alpha that is no finite number.
+    """
+    if not math.isfinite(alpha):
+        raise ConfigError(f"alpha={alpha} must be a finite number; 0 switches mixing off")
+    key_lam, key_rows = jax.random.split(key)
+    lam = jax.random.beta(key_lam, alpha, alpha) if alpha > 0 else jnp.ones(())
+    return Pairs(lam, jax.random.permutation(key_rows, local_rows * devices.sum_over_devices(1)))
+
+
+def permute_rows(tree: Any, permutation: jax.Array) -> Any:
+    """Row i of every leaf ``[B, ...]`` becomes row ``permutation[i]`` of the *global* batch; leaves of numbers only."""
+    local_rows = jax.tree.leaves(tree)[0].shape[0]
+    count = devices.sum_over_devices(1)
+    if count == 1:
+        return jax.tree.map(lambda leaf: leaf[permutation], tree)
+    offset = devices.row_offset(local_rows)
+    own = jax.lax.dynamic_slice_in_dim(permutation, offset, local_rows)
+
+    def permute(leaf):
+        everywhere = jnp.zeros((count * local_rows, *leaf.shape[1:]), leaf.dtype)
+        everywhere = jax.lax.dynamic_update_slice_in_dim(everywhere, leaf, offset, 0)
+        return devices.sum_over_devices(everywhere)[own]
+
+    return jax.tree.map(permute, tree)
+
+
+def blend(x: jax.Array, partner: jax.Array, lam: jax.Array) -> jax.Array:
+    """``lam x + (1 - lam) partner`` in x's dtype: [B, ...], [B, ...] and float32 of a shape that broadcasts to them."""
+    lam = jnp.asarray(lam)
+    return (lam * x + (1.0 - lam) * partner).astype(x.dtype)

@@ -25,7 +25,7 @@ from jaxvision.engine.plan import Plan
 from jaxvision.engine.progress import Progress
 from jaxvision.main import make_task
 
-SMOKE = ("classification", "igq_vit")
+SMOKE = ("classification", "igq_vit", "lbt", "trs")
 ROOT = Path(__file__).parents[2]
 
 
@@ -141,11 +141,13 @@ def test_evaluations_leave_the_state_alone(name):
     task, options = build(name)
     devices = parallel.create("jit")
     state = jax.jit(task.init)(rng.key(options.seed, "init"))
-    before = jax.device_get(state)
     for stage in task.stages:
+        if stage.begin is not None:
+            state = devices.initialize(stage.begin, state, rng.key(options.seed, "begin"))
+        before = jax.device_get(state)
         for evaluation in stage.evals.values():
             loop.evaluate.Evaluator(evaluation.update, devices)(state, evaluation.data)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
 
 
 EIGHT = """

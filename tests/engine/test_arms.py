@@ -1,5 +1,6 @@
 """Arms: each member trains as it would alone, all arms start from the same variables, the table chooses fairly."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -48,7 +49,7 @@ def start(key):
     return arms.start_state(lambda key: {"params": {"w": jax.random.normal(key, (2,))}}, SEEDS, key)
 
 
-@pytest.mark.parametrize("how", ["map", "vmap"])
+@pytest.mark.parametrize("how", ["map", "vmap", "unroll"])
 def test_each_member_trains_as_it_would_alone(how):
     key = jax.random.key(0)
     stage = arms.stage(ARM, SEEDS, [Rows(0.0), Rows(10.0)], {}, how=how)
@@ -94,3 +95,31 @@ def test_the_setting_is_chosen_on_one_set_and_judged_on_another():
     assert chosen.setting == "lr=1" and arms.spread(chosen.judged, scale=100) == "40.0 ± 14.1"
     assert arms.best(found, largest=False).setting == "lr=0.1"
     assert arms.spread(np.asarray([0.5]), digits=2) == "0.50"
+
+
+def test_an_arm_hands_on_what_it_trained_and_what_it_keeps():
+    key = jax.random.key(0)
+    teacher = arms.Arm("teacher", begin_alone, step_alone, 1, evaluate, pretrains=True, keep=lambda s: s.params["w"][0])
+    learner = dataclasses.replace(ARM, name="learner", keep=lambda state: {"w": state.params["w"]})
+    first, second, third = arms.stages([teacher, learner, ARM], SEEDS, [Rows(0.0), Rows(1.0)], {})
+    state = jax.jit(first.begin)(start(key), key)
+    taught, _ = jax.jit(first.step)(state, first.data.batch_at(0), key)
+    state = jax.jit(second.begin)(taught, key)
+    np.testing.assert_array_equal(state.params["w"], taught.params["w"][np.asarray([0, 1, 0, 1])])
+    np.testing.assert_array_equal(state.extra[arms.KEPT]["teacher"], taught.params["w"][:, 0])
+    learned, _ = jax.jit(second.step)(state, second.data.batch_at(0), key)
+    state = jax.jit(third.begin)(learned, key)
+    np.testing.assert_array_equal(state.params["w"], taught.params["w"][np.asarray([0, 1, 0, 1])])
+    kept = arms.kept(state, ARM)
+    assert set(kept) == {"teacher", "learner"}
+    np.testing.assert_array_equal(kept["learner"]["w"], learned.params["w"])
+    np.testing.assert_array_equal(arms.kept(learned, learner)["learner"]["w"], learned.params["w"])
+    assert arms.KEPT not in arms.member_state(state, 0).extra
+
+
+def begin_alone(variables, setting, key):
+    return State(jnp.zeros((), jnp.int32), variables["params"])
+
+
+def step_alone(state, batch, key):
+    return state.replace(params={"w": state.params["w"] + batch["x"].mean(0)}), {"size": Mean.of(state.params["w"])}

@@ -39,7 +39,7 @@ def test_batches_are_stacked_behind_the_rows():
     np.testing.assert_array_equal(batch["x"][0, :, 0], [1.0, 11.0])
 
 
-@pytest.mark.parametrize("how", ["map", "vmap"])
+@pytest.mark.parametrize("how", ["map", "vmap", "unroll"])
 def test_each_seed_runs_as_it_would_alone(how):
     key = jax.random.key(0)
     state = seeds.init_seeds(init, SEEDS)(key)

@@ -1,0 +1,108 @@
+"""TRS on ResNet-20: what scheduling the transition rate costs, and steps/s beside PyTorch.
+
+    python -m jaxvision.benchmarks.trs [--batch 256] [--rounds 5]
+
+Random images (the speed doesn't depend on them), everything in one run on one machine, PyTorch eager beside it where it
+is installed. The overhead is measured twice: as the difference of two whole training steps, which a busy machine
+blurs, and as the difference of the two optimizers' updates alone over a step.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxvision.benchmarks import timing, torch_resnet, training
+from jaxvision.benchmarks.training import DECAY, LR, MOMENTUM, Training
+from jaxvision.core import trees
+from jaxvision.models.quantized import Bits, QuantizedNetwork
+from jaxvision.optim import optimizers, sgdt, transition_target
+
+BITS = Bits(2, 2)
+PEERS = {"float": "PyTorch float", "W2A2 + TRS": "PyTorch W2A2 + TRS"}
+OVERHEAD, EXTRA_BYTES = 0.03, 1.0
+
+
+def latent(name: str) -> optax.GradientTransformation:
+    """The latent weights' optimizer: "SGD", or with its transition rate scheduled, "SGDT"."""
+    if name == "SGD":
+        return optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY)
+    target = transition_target(5e-3, bits=BITS.weight, total=1000)
+    return sgdt(target, initial_step_size=LR, momentum=MOMENTUM, weight_decay=DECAY)
+
+
+def transform(name: str) -> Any:
+    """The whole network's; scales of kernels stand still in both, so that nothing but the transform differs."""
+    return training.by_group(latent(name), optimizers.sgd(LR))
+
+
+def quantizers_of(network: QuantizedNetwork) -> Callable[[Any, Any], dict[str, Any]]:
+    """The optimizer's extra arguments."""
+    return lambda params, _: {"quantizers": network.quantizers(params)}
+
+
+def update_only(network: QuantizedNetwork, params: Any, name: str) -> Callable[[], object]:
+    """An optimizer's update alone, compiled."""
+    optimizer, gradients = transform(name), jax.tree.map(jnp.ones_like, params)
+    extra = quantizers_of(network)
+
+    def update(state: Any, params: Any) -> Any:
+        return optimizer.update(gradients, state, params, **extra(params, None))
+
+    step, state = jax.jit(update), jax.jit(optimizer.init)(params)
+    return lambda: jax.block_until_ready(step(state, params))
+
+
+def extra_bytes(network: QuantizedNetwork, params: Any) -> float:
+    """Bytes a latent weight that the transform's state adds to SGD's."""
+    sizes = {}
+    for name in ("SGD", "SGDT"):
+        state = jax.eval_shape(transform(name).init, params)
+        sizes[name] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    leaves = trees.named_leaves(params)
+    weights = sum(np.size(leaves[kernel]) for kernel in network.layers(params))
+    return (sizes["SGDT"] - sizes["SGD"]) / weights
+
+
+def main() -> None:
+    """Prints the table."""
+    options = training.options(__doc__, batch=256, rounds=5)
+    batch, network = training.random_batch(options.batch), training.quantized("trs", BITS)
+    print(f"ResNet-20, batch {options.batch}, {jax.devices()[0].device_kind}")
+    module = training.module()
+    start = jax.jit(module.init)(jax.random.key(0), batch["image"][:1])
+    fresh = jax.jit(network.init)(jax.random.key(0), batch["image"][:1])
+    fitted = jax.jit(network.calibrate)(fresh, batch["image"])
+    made: dict[str, Any] = {"float": Training(module, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)}
+    for label, name in (("W2A2, SGD", "SGD"), ("W2A2 + TRS", "SGDT")):
+        made[label] = Training(network, transform(name), batch, fitted, extra_args=quantizers_of(network))
+    if torch_resnet.available():
+        images = np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2))
+        labels = batch["label"].astype(np.int64)
+        for label, step in (("float", torch_resnet.float_step), ("W2A2 + TRS", torch_resnet.trs_step)):
+            made[PEERS[label]] = functools.partial(step(), images, labels)
+    seconds = timing.interleaved(made, options.rounds)
+    training.table(seconds, made, PEERS)
+
+    updates = {name: update_only(network, fitted["params"], name) for name in ("SGD", "SGDT")}
+    alone = timing.interleaved(updates, 20 * options.rounds)
+    print(f"optimizer's update alone: SGD {1e3 * alone['SGD']:.2f} ms, SGDT {1e3 * alone['SGDT']:.2f} ms")
+    whole = seconds["W2A2 + TRS"] / seconds["W2A2, SGD"] - 1
+    training.verdict("overhead, two whole steps", whole, OVERHEAD)
+    training.verdict(
+        "overhead, two updates over a step", (alone["SGDT"] - alone["SGD"]) / seconds["W2A2, SGD"], OVERHEAD
+    )
+    extra = extra_bytes(network, fitted["params"])
+    scalars = 1e-2  # K, U, R, ... of each tensor, shared by all its weights
+    training.verdict("extra bytes a latent weight", extra, EXTRA_BYTES + scalars)
+    if (peer := PEERS["float"]) in seconds:
+        training.verdict("float, jaxvision over PyTorch eager", seconds[peer] / seconds["float"], 1, at_least=True)
+    print(training.peak_memory())
+
+
+if __name__ == "__main__":
+    main()

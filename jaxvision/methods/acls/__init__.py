@@ -1,0 +1,1 @@
+"""ACLS: adaptive and conditional label smoothing for network calibration."""

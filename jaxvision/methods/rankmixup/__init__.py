@@ -1,0 +1,1 @@
+"""RankMixup: mixup images rank the confidences of a network."""

@@ -1,0 +1,1 @@
+"""Transition-rate scheduling for quantization-aware training (TRS), with its baselines."""

@@ -1,0 +1,232 @@
+"""The task ``trs``: [train float networks] -> each arm: quantize them and train on -> tables and figures.
+
+The only place where the configuration is read (its fields are explained in ``configs/trs.py``). Every arm is one stage
+whose members are all seeds and learning rates (``engine/arms.py``).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxvision.core.config import Config
+from jaxvision.core.errors import ConfigError, unknown
+from jaxvision.engine import arms, recipes, supervised
+from jaxvision.engine.quantization import build_network
+from jaxvision.engine.task import State, Task
+from jaxvision.methods.trs import optimizers, report, training, variants, weights
+from jaxvision.methods.trs.outcome import Run
+from jaxvision.methods.trs.training import Trainer
+from jaxvision.methods.trs.variants import Variant
+from jaxvision.models import zoo
+from jaxvision.models.quantized import QuantizedNetwork
+from jaxvision.optim import schedules, transition_rules
+from jaxvision.optim.transition_target import initial_target
+
+FLOAT = "float"
+LIMITS = ("initial_rate", "min_step_size", "max_step_size")
+
+
+def make(config: Config) -> Task:
+    """The task of a configuration.
+
+    Raises:
+      ConfigError, DataError: anything in it that can't work.
+    """
+    seeds = tuple(config.seeds)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"config.seeds={seeds} must be at least one seed, each once")
+    data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name))
+    model, quantized = weights.load_model(config.model, data)
+    per_epoch = data.train.steps_per_epoch
+    steps = schedules.epochs_to_steps(config.positive("epochs", zero=True), per_epoch)
+    every = round(config.positive("eval_every_epochs", zero=True) * per_epoch)
+    loaded = quantized is not None or model.pretrained is not None
+    pretraining = _float_arm(config, model, per_epoch, loaded=loaded)
+    offset = pretraining[0].steps if pretraining else 0
+    trainers = _trainers(config, data, model, steps, per_epoch, offset, fitted=quantized is not None)
+    start = weights.Start.of(config.model.init_from, model, quantized, trainers, seeds)
+    rates = _grid(config, trainers, data)
+    ways = tuple(trainer.arm(steps, rates[trainer.variant.optimizer]) for trainer in trainers)
+    validation = {} if data.validation is None else {"validation": data.validation}
+    stages = arms.stages(
+        (*pretraining, *ways),
+        seeds,
+        [data.train.with_seed(seed) for seed in seeds],
+        {**validation, "test": data.eval},
+        every=every,
+        how=config.one_of("how", ("map", "vmap", "unroll")),
+    )
+    title = f"{model.name} on {config.data.source}"
+    run = Run(title, seeds, trainers, ways, bool(pretraining), config.export, model, data)
+    # Shaping the state finds what the parameters' names and shapes can tell.
+    jax.eval_shape(start.init, jax.eval_shape(lambda: jax.random.key(0)))
+    return Task("trs", start.init, stages, functools.partial(report.make, run), load=start.load if loaded else None)
+
+
+def _float_arm(config: Config, model: recipes.Model, per_epoch: int, *, loaded: bool) -> tuple[arms.Arm, ...]:
+    """The stage that trains the float network of each seed, unless weights are given."""
+    epochs = config.float.positive("epochs", zero=True)
+    steps = max(schedules.epochs_to_steps(epochs, per_epoch), 1)
+    optimizer = recipes.build_optimizer(config.float.optimizer, steps, per_epoch)
+    if loaded:
+        return ()
+    if not epochs:
+        raise ConfigError(
+            "config.model.init_from is empty and config.float.epochs is 0, but quantized training starts from a "
+            "trained float network; give a weights file, or epochs to train one"
+        )
+
+    def begin(variables: Any, setting: Any, key: jax.Array) -> State:
+        del setting, key
+        return supervised.new_state(variables, optimizer.transform, average=False)
+
+    step = supervised.train_step(
+        model.module, optimizer.transform, training.loss_fn(0.0), accumulate=optimizer.accumulate
+    )
+    evaluate = training.evaluation(model.module)
+    schedule = {"lr": optimizer.schedule}
+    return (arms.Arm(FLOAT, begin, step, steps, evaluate, schedules=schedule, pretrains=True),)
+
+
+def _trainers(
+    config: Config,
+    data: recipes.Data,
+    model: recipes.Model,
+    steps: int,
+    per_epoch: int,
+    offset: int,
+    *,
+    fitted: bool,
+) -> tuple[Trainer, ...]:
+    """The arms; the first starts after ``offset`` steps of the run."""
+    chosen, recipe = _variants(config), _recipe(config, steps, per_epoch)
+    common: dict[str, Any] = {
+        "family_of_run": config.quantization.family,
+        "image": model.image,
+        "images": _calibration(config, data),
+        "smoothing": config.optimizer.positive("label_smoothing", zero=True),
+        "accumulate": config.optimizer.positive("accumulate"),
+        "dampening": _rising(config.dampening.positive("weight", zero=True), steps),
+    }
+    if fitted:
+        common["images"] = None
+    networks = {
+        name: training.at_one_bit(build_network(_with_family(config, name), model.module, model.image))
+        for name in dict.fromkeys(variant.family for variant in chosen)
+    }
+    scaled, made = config.transition.one_of("scale_with_bits", (True, False)), []
+    for index, variant in enumerate(chosen):
+        network = networks[variant.family]
+        training.check_remedy(variant, network, model.image)
+        variant, factors = _with_target(variant, network, model, scaled=scaled)
+        made.append(
+            Trainer(
+                variant,
+                network,
+                recipe=dataclasses.replace(recipe, target_factors=factors),
+                offset=offset + index * steps,
+                keep_variables=variant.name == config.export,
+                **common,
+            )
+        )
+    return tuple(made)
+
+
+def _with_target(
+    variant: Variant, network: QuantizedNetwork, model: recipes.Model, *, scaled: bool
+) -> tuple[Variant, Mapping[str, float]]:
+    """The variant with R^0 of the widest layer for its target, and each latent weight's factor of that."""
+    if not variant.scheduled:
+        return variant, {}
+    layers = network.check(model.image)
+    bits = {name: layer.bits.weight for name, layer in layers.items() if layer.bits.weight is not None}
+    if not bits:
+        raise ConfigError(
+            f"config.arms has {variant.name!r}, but no weights are quantized, so there are no transitions; "
+            "set config.quantization.weight_bits"
+        )
+    widest = max(bits.values())
+    target = initial_target(variant.target, widest, scale_with_bits=scaled)
+    factors = {name: (width / widest) ** 0.5 for name, width in bits.items()} if scaled else {}
+    return dataclasses.replace(variant, target=target), factors
+
+
+def _calibration(config: Config, data: recipes.Data) -> Callable[[], np.ndarray]:
+    """The images that scales are fitted to; read when a network is first quantized."""
+    count = config.positive("calibration_images")
+    if count > data.train_examples.num_examples:
+        raise ConfigError(
+            f"config.calibration_images={count} is more than the {data.train_examples.num_examples} of "
+            "the training split"
+        )
+    chosen = data.train_examples.subset(np.arange(count), batch_size=count)
+    return functools.cache(lambda: chosen.batch_at(0)["image"])
+
+
+def _rising(weight: float, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """0 at first, ``weight`` at the end, along a cosine."""
+    falling = schedules.cosine(weight, max(steps, 1))
+    return lambda count: weight - falling(count)
+
+
+def _variants(config: Config) -> tuple[Variant, ...]:
+    names, baseline = tuple(config.arms), config.one_of("baseline", variants.OPTIMIZERS)
+    target, rule = float(config.transition.positive("target")), config.transition.rule
+    if rule not in transition_rules.RULES:
+        raise unknown("config.transition.rule", rule, transition_rules.RULES)
+    if not names or len(set(names)) != len(names) or FLOAT in names:
+        raise ConfigError(f"config.arms={names} must be at least one arm, each once")
+    if config.export and config.export not in names:
+        raise unknown("config.export", config.export, names)
+    family = config.quantization.family
+    return tuple(variants.parse(name, family=family, baseline=baseline, target=target, rule=rule) for name in names)
+
+
+def _with_family(config: Config, family: str) -> Config:
+    """The block ``quantization`` with another family; a learned output scale is the base family's alone."""
+    values = config.quantization.to_dict()
+    own = family == values["family"]
+    return Config({**values, "family": family, **({} if own else {"output_scale": None})}, "config.quantization")
+
+
+def _recipe(config: Config, steps: int, per_epoch: int) -> optimizers.Recipe:
+    block, control = config.optimizer, config.transition
+    shape = recipes.build_schedule(block.schedule, 1.0, steps, per_epoch)
+    freezing = config.freezing
+    low, high = freezing.positive("end"), freezing.positive("start")
+    given = {name: getattr(control, name) for name in LIMITS}
+    granularity = control.one_of("granularity", ("tensor", "model"))
+    return optimizers.Recipe(
+        shape,
+        momentum=block.positive("momentum", zero=True),
+        nesterov=block.one_of("nesterov", (True, False)),
+        b1=block.positive("b1", zero=True),
+        b2=block.positive("b2", zero=True),
+        eps=block.positive("eps"),
+        weight_decay=float(block.positive("weight_decay", zero=True)),
+        scale_lr=float(block.positive("scale_lr", zero=True)),
+        control={"granularity": granularity, **{name: value for name, value in given.items() if value is not None}},
+        rate_momentum=control.positive("momentum", zero=True),
+        eta=control.eta,
+        freezing=schedules.cosine(high, max(steps, 1), end=low),
+        freezing_momentum=freezing.positive("momentum"),
+    )
+
+
+def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> dict[str, tuple[float, ...]]:
+    """The learning rates of each optimizer."""
+    rates = {name: tuple(float(rate) for rate in getattr(config.grid, name)) for name in variants.OPTIMIZERS}
+    for name in dict.fromkeys(trainer.variant.optimizer for trainer in trainers):
+        found, where = rates[name], config.grid.where(name)
+        if not found or min(found) <= 0 or len(set(found)) != len(found):
+            raise ConfigError(f"{where}={found} must be at least one learning rate above 0, each once")
+        if len(found) > 1 and data.validation is None:
+            raise ConfigError(
+                f"{where}={found} has several learning rates, but config.data.validation_size is 0, so that there is "
+                "nothing to choose one on; hold images out, or leave one rate"
+            )
+    return rates

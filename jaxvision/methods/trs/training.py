@@ -1,0 +1,189 @@
+"""The arms of a run: how each begins, what its step is, what it leaves for the report."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxvision.core.errors import ConfigError
+from jaxvision.engine import arms, supervised
+from jaxvision.engine.task import Batch, Metrics, State
+from jaxvision.losses.classification import softmax_cross_entropy
+from jaxvision.methods.trs import diagnostics, optimizers
+from jaxvision.methods.trs.variants import Variant
+from jaxvision.metrics import Mean, classification
+from jaxvision.models.quantized import QuantizedNetwork, Recipe
+from jaxvision.quant.binary import BinaryWeight
+from jaxvision.quant.lsq import LSQ
+from jaxvision.quant.pact import PACT
+from jaxvision.quant.trainable import three_deviations
+from jaxvision.quant.trs import TRSWeight
+
+METRIC = "accuracy"
+
+
+def loss_fn(smoothing: float) -> supervised.LossFn:
+    """Cross-entropy, mean over the batch."""
+
+    def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+        losses = softmax_cross_entropy(logits, batch["label"], label_smoothing=smoothing, reduction="none")
+        accuracy = classification.accuracy(logits, batch["label"])
+        return jnp.mean(losses), {"loss": Mean.of(losses), METRIC: accuracy}
+
+    return loss
+
+
+def evaluation(network: Any) -> Callable[[State, Batch], Metrics]:
+    """Accuracy (and top-5 beyond 20 classes) of a member."""
+
+    def evaluate(state: State, batch: Batch) -> Metrics:
+        logits = supervised.predict(network, state, batch["image"])
+        return supervised.classification_metrics(logits, batch, top5=logits.shape[-1] > 20)
+
+    return evaluate
+
+
+@struct.dataclass
+class OneBitPACT(PACT):
+    """PACT that starts at 3 std(x) / sqrt(1 - 2 / pi), as TRS: at one bit nothing but the maximum passes half of it."""
+
+    @classmethod
+    def fit(cls, x: jax.Array, bits: Any) -> "OneBitPACT":
+        """The quantizer with that start value."""
+        return cls(three_deviations(x, half_normal=True), bits).check_width()
+
+
+def at_one_bit(network: QuantizedNetwork) -> QuantizedNetwork:
+    """The network with what LSQ and PACT, whose papers begin at two bits, have here at one bit.
+
+    LSQ's weights are mean|w| sign(w) of each channel, as LSQ has no two codes for them; PACT starts elsewhere.
+    """
+
+    def changed(layer: Any) -> Any:
+        if layer is not None and layer.bits.weight == 1 and layer.weight.kind is LSQ:
+            layer = dataclasses.replace(layer, weight=Recipe(BinaryWeight))
+        if layer is not None and layer.bits.input == 1 and layer.input.kind is PACT:
+            layer = dataclasses.replace(layer, input=Recipe(OneBitPACT))
+        return layer
+
+    rules = tuple(dataclasses.replace(rule, layer=changed(rule.layer)) for rule in network.rules)
+    return dataclasses.replace(network, rules=rules)
+
+
+def check_remedy(variant: Variant, network: QuantizedNetwork, image: Any) -> None:
+    """Raises ConfigError where dampening or freezing meets quantizers whose levels it can't place on the weights."""
+    if not variant.remedy:
+        return
+    for name, layer in network.check(image).items():
+        if layer.bits.weight is not None and layer.weight.kind not in (TRSWeight, LSQ):
+            raise ConfigError(
+                f"config.arms has {variant.name!r}, but {variant.remedy} needs quantizers with one scale (trs, or lsq "
+                f"from 2 bits on), and {name} has {layer.weight.kind.__name__}"
+            )
+
+
+def merge(fresh: Any, given: Mapping[str, Any]) -> Any:
+    """``fresh`` variables with those that ``given`` has in their place; nested dicts."""
+    return {
+        name: merge(value, given.get(name, {})) if isinstance(value, dict) else given.get(name, value)
+        for name, value in fresh.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """One arm.
+
+    Attributes:
+      variant: what its name says.
+      network: the quantized network.
+      image: an example, for ``init``.
+      recipe: of the optimizer.
+      images: () -> float32 [B, H, W, C], what scales are fitted to; None: the start has scales already.
+      smoothing: of labels.
+      accumulate: micro-batches a step.
+      dampening: t -> weight of the dampening loss.
+      offset: steps of the run before this arm.
+      keep_variables: whether the report needs the network itself.
+      family_of_run: the family of ``config.quantization``, which arms that name none have.
+    """
+
+    variant: Variant
+    network: QuantizedNetwork
+    image: np.ndarray
+    recipe: optimizers.Recipe
+    images: Callable[[], np.ndarray] | None
+    smoothing: float
+    accumulate: int
+    dampening: Callable[[jax.Array], jax.Array]
+    offset: int
+    keep_variables: bool
+    family_of_run: str
+
+    @functools.cached_property
+    def latent(self) -> tuple[str, ...]:
+        """Names of the latent weights: kernels whose weights, not only inputs, are quantized."""
+        layers = self.network.check(self.image)
+        return tuple(name for name, layer in layers.items() if layer.bits.weight is not None)
+
+    def fresh(self, key: jax.Array) -> Any:
+        """A quantized network's variables before anything is trained or fitted."""
+        return self.network.init(key, self.image)
+
+    def quantized(self, variables: Mapping[str, Any], key: jax.Array) -> Any:
+        """The quantized network's variables from a float (or quantized) network's, its scales fitted."""
+        ready = merge(self.fresh(key), variables)
+        return ready if self.images is None else self.network.calibrate(ready, self.images())
+
+    def begin(self, variables: Any, setting: Mapping[str, jax.Array], key: jax.Array) -> State:
+        """See :class:`arms.Arm`."""
+        transform = optimizers.build(self.variant, self.recipe, self.latent, setting["lr"])
+        return supervised.new_state(self.quantized(variables, key), transform, average=False)
+
+    def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        """One step of supervised training, and what it did to the weights."""
+        quantizers = lambda params: self.network.quantizers(params)  # noqa: E731
+        weight = self.dampening(state.step - self.offset)
+        train = supervised.train_step(
+            self.network,
+            optimizers.build(self.variant, self.recipe, self.latent, state.extra[arms.SETTING]["lr"]),
+            loss_fn(self.smoothing),
+            accumulate=self.accumulate,
+            penalty=(lambda params, _: weight * diagnostics.dampening(params, quantizers(params)))
+            if self.variant.remedy == "dampening"
+            else None,
+            extra_args=lambda params, _: {"quantizers": quantizers(params)},
+        )
+        new, metrics = train(state, batch, key)
+        fitted = quantizers(new.params)
+        metrics |= diagnostics.transitions(state.params, quantizers(state.params), new.params, fitted)
+        metrics |= diagnostics.distance(new.params, fitted)
+        return new, metrics | diagnostics.controller(new.opt_state, scheduled=self.variant.scheduled)
+
+    def keep(self, state: State) -> dict[str, Any]:
+        """Histograms of the latent weights, and the network where it is asked for."""
+        left = {"histogram": diagnostics.histogram(state.params, self.network.quantizers(state.params))}
+        return {**left, "variables": supervised.variables(state)} if self.keep_variables else left
+
+    def arm(self, steps: int, rates: tuple[float, ...]) -> arms.Arm:
+        """The arm of ``steps`` steps for each of ``rates``."""
+        return arms.Arm(
+            self.variant.name,
+            self.begin,
+            self.step,
+            steps,
+            evaluation(self.network),
+            grid={"lr": rates},
+            schedules={"target": self._target} if self.variant.scheduled else {},
+            separate=diagnostics.METRICS,
+            keep=self.keep,
+        )
+
+    def _target(self, count: int) -> jax.Array:
+        return self.variant.target * self.recipe.shape(count)

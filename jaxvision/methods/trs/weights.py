@@ -1,0 +1,163 @@
+"""Weight files: what a run starts from (a float network, or the quantized one of a run before) and what it leaves."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxvision.core import trees
+from jaxvision.core.config import Config
+from jaxvision.core.errors import ConfigError
+from jaxvision.engine import arms
+from jaxvision.engine.recipes import Data, Model, build_model
+from jaxvision.engine.task import State
+from jaxvision.methods.trs.training import Trainer
+from jaxvision.models import integer_file, integer_network, weight_file
+from jaxvision.models.quantized import QuantizedNetwork
+
+SCALES = ("kernel_scale", "input_scale", "input_alpha", "output_scale")
+"""Fields whose start value comes from the data and mustn't be 0."""
+
+
+def load_model(config: Config, data: Data) -> tuple[Model, dict[str, str] | None]:
+    """The network of a ``model`` block, and the metadata of ``init_from`` where that is a quantized network's file.
+
+    The variables of a quantized file aren't read here, as their names depend on the arms; :func:`load_quantized` does.
+    """
+    path = config.init_from
+    metadata = weight_file.read_metadata(path) if path else {}
+    if "bits" not in metadata:
+        return build_model(config, data), None
+    if metadata.get("model") != config.name:
+        raise ConfigError(f"{config.where('init_from')}={path!r} holds a {metadata.get('model')}, not a {config.name}")
+    if config.init_keep:
+        raise ConfigError(f"{config.where('init_keep')} is for float weights, but {path!r} holds a quantized network")
+    return build_model(Config({**config.to_dict(), "init_from": ""}, "config.model"), data), metadata
+
+
+def metadata(model: Model, family: str, network: QuantizedNetwork) -> dict[str, Any]:
+    """What a quantized network's weight file says of itself; ``bits`` are (weight, input) of each layer, as JSON."""
+    return {
+        "model": model.name,
+        "num_classes": model.module.num_classes,
+        "family": family,
+        "bits": json.dumps(widths(network, model.image)),
+    }
+
+
+def widths(network: QuantizedNetwork, image: Any) -> dict[str, list[int | None]]:
+    """Widths of weight and input of each quantized layer, by its kernel's name."""
+    return {name: [layer.bits.weight, layer.bits.input] for name, layer in network.check(image).items()}
+
+
+def load_quantized(path: str, found: Mapping[str, str], trainers: tuple[Trainer, ...], model: Model) -> Any:
+    """The variables of a quantized network's file.
+
+    Raises:
+      ConfigError: an arm has other quantizers or another bit width.
+      DataError: the file doesn't fit the network.
+    """
+    saved = json.loads(found["bits"])
+    for trainer in trainers:
+        name, asked = trainer.variant.name, widths(trainer.network, model.image)
+        if found["family"] != trainer.variant.family:
+            raise ConfigError(
+                f"{path} holds a network with quantizers of the family {found['family']!r}, but the arm {name!r} has "
+                f"{trainer.variant.family!r}; leave the arm out, or start from float weights"
+            )
+        if layer := next((layer for layer in {**saved, **asked} if saved.get(layer) != asked.get(layer)), None):
+            raise ConfigError(
+                f"{path} holds a network whose {layer} has {_text(saved.get(layer))}, but the arm {name!r} asks for "
+                f"{_text(asked.get(layer))}; start from float weights, or set config.quantization to the file's bits"
+            )
+    shapes = jax.eval_shape(trainers[0].network.init, jax.eval_shape(lambda: jax.random.key(0)), model.image)
+    return weight_file.load_variables(path, shapes)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the arms of a run start from.
+
+    Attributes:
+      path: the weights file; "": none.
+      fresh: key -> variables of the network, before anything is trained or loaded.
+      read: () -> the file's variables on the host; None without a file.
+      trainers: the arms.
+      seeds: of the run.
+    """
+
+    path: str
+    fresh: Callable[[Any], Any]
+    read: Callable[[], Any] | None
+    trainers: tuple[Trainer, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        model: Model,
+        quantized: Mapping[str, str] | None,
+        trainers: tuple[Trainer, ...],
+        seeds: tuple[int, ...],
+    ) -> "Start":
+        """The start of a run; ``model`` and ``quantized`` are what :func:`load_model` gives."""
+        if quantized is not None:
+            variables = load_quantized(path, quantized, trainers, model)
+            return cls(path, trainers[0].fresh, lambda: variables, trainers, seeds)
+        # What init_keep keeps fresh is drawn from the first seed.
+        read = lambda: model.load(jax.jit(model.init)(jax.random.key(seeds[0])))  # noqa: E731
+        return cls(path, model.init, None if model.pretrained is None else read, trainers, seeds)
+
+    def init(self, key: Any) -> State:
+        """See :class:`jaxvision.engine.task.Task`."""
+        return arms.start_state(self.fresh, self.seeds, key)
+
+    def load(self, state: State) -> State:
+        """Every seed starts from the file's variables; raises ConfigError where a scale would start at 0."""
+        variables = self.read()
+        check_scales(variables, self.trainers, self.path)
+        stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(self.seeds), *np.shape(leaf))), variables)
+        return state.replace(extra={**state.extra, arms.START: stacked})
+
+
+def check_scales(variables: Any, trainers: tuple[Trainer, ...], path: str) -> None:
+    """Raises ConfigError where an arm's quantizers would start with a scale of 0, or one that isn't finite.
+
+    Args:
+      variables: those of ``model.init_from``, host arrays.
+      trainers: the arms; those with the same family have the same start, so one of each is tried.
+      path: for the message.
+    """
+    for trainer in {trainer.variant.family: trainer for trainer in trainers}.values():
+        params = jax.jit(trainer.quantized)(variables, jax.random.key(0))["params"]
+        for name, value in trees.named_leaves(params).items():
+            leaf = name.rpartition("/")[-1]
+            if leaf in SCALES and not (np.isfinite(value) & (value != 0)).all():
+                raise ConfigError(
+                    f"{path}: {name} of the arm {trainer.variant.name!r} starts at {np.ravel(value)[0]:g}, as what it "
+                    "is fitted to is constant or not finite; look at that layer's weights and at the calibration images"
+                )
+
+
+def save_quantized(model: Model, trainer: Trainer, variables: Any, path: Path) -> None:
+    """The latent weights and the scales of an arm; ``model.init_from`` takes the file again."""
+    weight_file.save_variables(path, variables, metadata(model, trainer.variant.family, trainer.network))
+
+
+def save_integers(model: Model, trainer: Trainer, variables: Any, path: Path) -> None:
+    """Codes and steps for other programs; beside it a JSON file (``models/integer_file.py``)."""
+    integers = integer_network.convert(trainer.network, variables)
+    described = integer_network.describe(trainer.network, integers, model.image)
+    facts = metadata(model, trainer.variant.family, trainer.network)
+    integer_file.save(path.with_suffix(""), integer_file.IntegerModel(integers, described, facts))
+
+
+def _text(bits: list[int | None] | None) -> str:
+    if bits is None:
+        return "no quantizers"
+    return "".join(f"{letter}{32 if width is None else width}" for letter, width in zip("WA", bits, strict=True))

@@ -1,0 +1,114 @@
+"""The ``quantization`` block: which layers it quantizes and how, and every mistake it finds."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxvision.core.config import Config
+from jaxvision.core.errors import ConfigError
+from jaxvision.engine.quantization import build_network
+from jaxvision.models import zoo
+from jaxvision.models.quantized import Bits
+from jaxvision.quant.families import FAMILIES
+
+IMAGE = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+FLOAT = ("^conv1/", "^linear/")
+
+
+def build(module=None, **changes):
+    block = {
+        "family": "lbt", "weight_bits": 4, "input_bits": 3, "gradient_bits": 32, "gradient": "uniform",
+        "execution": "fake", "output_scale": None, "float_layers": FLOAT, "signed_inputs": (), "bit_rules": (),
+        **changes,
+    }  # fmt: skip
+    config = Config(block, "config.quantization")
+    module = module or zoo.build("resnet20", num_classes=5, depth=8, width_multiplier=0.25)
+    network = build_network(config, module, IMAGE)
+    config.check_all_read()
+    return network
+
+
+def test_the_block_decides_for_every_layer():
+    network = build(gradient_bits=5, gradient="per_channel", execution="int")
+    found = network.check(IMAGE)
+    assert list(found) == [
+        f"layer{stage}_0/conv{conv}/kernel" for stage in (1, 2, 3) for conv in (1, 2)
+    ]  # fmt: skip
+    for layer in found.values():
+        assert layer.bits == Bits(4, 3, 5) and layer.gradient == "per_channel" and layer.execution == "int"
+        assert (layer.weight.kind, layer.input.kind) == (FAMILIES["lbt"].weight, FAMILIES["lbt"].activation)
+        assert not layer.output_scale and not layer.needs_norm
+
+
+def test_32_bits_are_float():
+    (layer, *_) = build(weight_bits=32, input_bits=32).check(IMAGE).values()
+    assert layer.bits == Bits(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "scaled", "needed"), [("ewgs", True, True), ("trs", False, True), ("lsq", False, False)]
+)
+def test_what_belongs_to_the_family_comes_with_it(family, scaled, needed):
+    layers = build(family=family).check(IMAGE).values()
+    assert {(layer.output_scale, layer.needs_norm) for layer in layers} == {(scaled, needed)}
+    (layer, *_) = layers
+    assert layer.weight.settings == FAMILIES[family].weight_settings
+    assert layer.input.settings == FAMILIES[family].activation_settings
+
+
+def test_an_output_scale_can_be_added_and_left_out():
+    assert all(layer.output_scale for layer in build(family="trs", output_scale=True).check(IMAGE).values())
+    assert not any(layer.output_scale for layer in build(family="ewgs", output_scale=False).check(IMAGE).values())
+    with_head = build(family="trs", float_layers=(), output_scale=True).check(IMAGE)
+    assert "linear/kernel" in with_head
+
+
+def test_bit_rules_and_signed_inputs_go_by_the_first_match():
+    rules = (("layer1_0/conv1", (8, 8, 32)), ("layer1", (2, 2, 4)), ("conv2/kernel$", (6, 32, 32)))
+    found = build(bit_rules=rules, signed_inputs=("layer2",)).check(IMAGE)
+    bits = {name.removesuffix("/kernel"): layer.bits for name, layer in found.items()}
+    assert bits == {
+        "layer1_0/conv1": Bits(8, 8), "layer1_0/conv2": Bits(2, 2, 4), "layer2_0/conv1": Bits(4, 3),
+        "layer2_0/conv2": Bits(6), "layer3_0/conv1": Bits(4, 3), "layer3_0/conv2": Bits(6),
+    }  # fmt: skip
+    signed = [name for name, layer in found.items() if layer.input.settings.get("signed")]
+    assert signed == ["layer2_0/conv1/kernel", "layer2_0/conv2/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "lbd"}, r"quantization.family='lbd' is unknown; did you mean 'lbt'"),
+        ({"weight_bits": 9}, "weight_bits=9 must be a whole number from 1"),
+        ({"input_bits": 0}, "input_bits=0 must be a whole number from 1"),
+        ({"input_bits": 2.5}, "input_bits=2.5 must be a whole number"),
+        ({"gradient_bits": 1}, "gradient_bits=1 must be a whole number from 2 to"),
+        ({"execution": "integer"}, "execution='integer' is unknown; did you mean 'int'"),
+        ({"execution": "int", "input_bits": 32}, "execution='int' needs weight_bits and input_bits"),
+        ({"float_layers": ("^conv1/", "layer7")}, r"quantization.float_layers has 'layer7', which matches no"),
+        ({"float_layers": ("conv(",)}, r"quantization.float_layers has 'conv\(', which is not a regular"),
+        ({"signed_inputs": ("^conv1/",)}, r"quantization.signed_inputs has '\^conv1/', which matches no"),
+        ({"signed_inputs": ("conv(",)}, r"quantization.signed_inputs has 'conv\(', which is not a regular"),
+        ({"bit_rules": (("conv9", (2, 2, 32)),)}, "quantization.bit_rules has 'conv9', which matches no"),
+        ({"bit_rules": (("conv(", (2, 2, 32)),)}, r"quantization.bit_rules has 'conv\(', which is not a regular"),
+        ({"bit_rules": (("conv2", (2, 2)),)}, r"quantization.bit_rules: \(2, 2\) must be the three widths"),
+        ({"bit_rules": (("conv2", (2, 11, 32)),)}, "input_bits=11 must be a whole number from 1"),
+        ({"family": "pact", "signed_inputs": ("layer2",)}, "signed_inputs=.*, but inputs of family"),
+        ({"family": "trs", "float_layers": ("^conv1/",)}, "linear/kernel has a quantizer that drops the scale"),
+    ],
+)  # fmt: skip
+def test_mistakes(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weight_bits": "4"}, {"weight_bits": True}, {"gradient": "uniformly", "gradient_bits": 4},
+     {"family": "binary", "weight_bits": 2, "input_bits": 2}, {"weight_bits": 1, "input_bits": 1},
+     {"gradient_bits": 17}, {"gradient": "piecewise", "gradient_bits": 2}],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_compiles(changes):
+    """Whatever the quantizers themselves refuse, tracing the network once shows."""
+    with pytest.raises(ConfigError):
+        build(**changes)

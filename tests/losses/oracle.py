@@ -1,0 +1,55 @@
+"""Reading and comparing what official codes gave."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FOLDER = Path(__file__).parents[1] / "oracles"
+
+
+def load(path):
+    with np.load(path) as data:
+        return dict(data)
+
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Compiles faster, for programs that run once or twice."""
+
+
+def compiled(functions):
+    """``run(inputs) -> name -> (the loss, the gradient of its total with respect to the logits)``, one program a shape.
+
+    Args:
+      functions: name -> loss. ``inputs`` are name -> (logits, labels, keyword arrays).
+    """
+
+    def run(inputs):
+        results = {}
+        for name, function in functions.items():
+
+            def total(z, y, arrays, function=function):
+                loss = function(z, y, **arrays)
+                return loss.total, loss
+
+            (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(*inputs[name])
+            results[name] = loss, gradient
+        return results
+
+    program = quick_jit(run)
+    return lambda inputs: jax.device_get(program({name: jax.tree.map(jnp.asarray, inputs[name]) for name in functions}))
+
+
+def value_and_gradient(function, logits, labels, *, where=None, **hyper):
+    """(the loss, the gradient of its total with respect to the logits), compiled."""
+    arrays = {} if where is None else {"where": where}
+    return compiled({"": functools.partial(function, **hyper)})({"": (logits, labels, arrays)})[""]
+
+
+def check(got, expected, rtol=1e-5, err_msg=""):
+    """``rtol`` of each and of the largest expected number; in float32 also 2e-8, what p - 1 is off by."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    atol = rtol * np.max(np.abs(expected), initial=0) + (1e-13 if got.dtype == np.float64 else 2e-8)
+    np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol, err_msg=err_msg)

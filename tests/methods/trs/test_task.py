@@ -1,0 +1,218 @@
+"""The configuration's road to arms: presets at full size, where a run starts, and every mistake in one sentence."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvision.core import rng, trees
+from jaxvision.core.config import Config
+from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.engine import arms
+from jaxvision.engine.quantization import build_network
+from jaxvision.main import make_task
+from jaxvision.methods.trs import optimizers, training, weights
+from jaxvision.methods.trs.variants import parse
+from jaxvision.models import weight_file, zoo
+from jaxvision.optim import schedules
+
+CONFIGS = importlib.import_module("configs.trs")
+IMAGENET = [name for name in CONFIGS.PRESETS if name.startswith("imagenet")]
+
+
+def task(**changes):
+    """The task of the smoke preset with some fields changed, ``__`` between the parts of a name."""
+    config = CONFIGS.get_config("smoke")
+    with config.unlocked():
+        for name, value in changes.items():
+            *blocks, last = name.split("__")
+            block = config
+            for part in blocks:
+                block = block[part]
+            block[last] = value
+    made = Config(config.to_dict())
+    built = make_task(made)
+    made.one_of("log_every", (2,))
+    return built
+
+
+@pytest.mark.parametrize("preset", [*IMAGENET, "cifar100_resnet20", "cifar10_subset"])
+def test_presets_build_at_full_size_and_their_optimizer_fits(preset):
+    """Shapes only: the quantized network, its forward pass, the groups and the state of the scheduled arm."""
+    config = Config(CONFIGS.get_config(preset).to_dict())
+    module = zoo.build(config.model.name, num_classes=10, **config.model.settings.to_dict())
+    image = np.zeros((1, *zoo.spec(config.model.name).input_size, 3), np.float32)
+    network = build_network(config.quantization, module, image)
+    shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+    assert jax.eval_shape(network.apply, shapes, image).shape == (1, 10)
+    layers = network.check(image)
+    assert len(layers) == {"resnet18": 19, "mobilenet_v2": 51, "resnet20": 18}.get(config.model.name, 48)
+    signed = [name for name, layer in layers.items() if layer.input.settings.get("signed")]
+    assert len(signed) == {"resnet18": 0, "mobilenet_v2": 17, "resnet20": 0}.get(config.model.name, 48)
+    groups = set(
+        jax.tree.leaves(optimizers.labels(shapes["params"], tuple(layers), freeze_scales=True), is_leaf=callable)
+    )
+    assert {"latent", "float", "norm", "scale", "frozen"} == groups
+    name = next(name for name in config.arms if name.split("_")[0].endswith("t"))
+    variant = parse(name, family="trs", baseline="sgd", target=5e-3, rule="momentum")
+    transform = optimizers.build(variant, optimizers.Recipe(schedules.constant(1.0)), tuple(layers), 0.1)
+    jax.eval_shape(transform.init, shapes["params"])
+
+
+def test_stages_are_the_float_network_and_the_arms():
+    built = task(arms=("sgd", "adamt_1e-2"), seeds=(4, 7))
+    assert [stage.name for stage in built.stages] == ["float", "sgd", "adamt_1e-2"]
+    assert [list(stage.evals) for stage in built.stages] == [["validation", "test"]] * 3
+    state = jax.eval_shape(built.init, jax.eval_shape(lambda: rng.key(0, "")))
+    assert state.extra[arms.START]["params"]["conv1"]["kernel"].shape == (2, 3, 3, 1, 4)
+    state = jax.eval_shape(built.stages[0].begin, state, jax.eval_shape(lambda: rng.key(0, "")))
+    state = jax.eval_shape(built.stages[1].begin, state, jax.eval_shape(lambda: rng.key(0, "")))
+    # two learning rates, two seeds
+    assert state.params["layer3_0"]["conv1"]["kernel"].shape == (4, 3, 3, 8, 16)
+    assert state.params["layer3_0"]["conv1"]["kernel_scale"].shape == (4,)
+
+
+def test_lsq_has_two_levels_of_weights_at_one_bit():
+    built = task(arms=("lsq",), export="")
+    begin = built.stages[1].begin
+    key = jax.eval_shape(lambda: rng.key(0, ""))
+    state = jax.eval_shape(begin, jax.eval_shape(built.stages[0].begin, jax.eval_shape(built.init, key), key), key)
+    layer = state.params["layer3_0"]["conv1"]
+    assert set(layer) == {"kernel", "input_scale"}
+
+
+def test_targets_scale_with_the_bits_of_each_layer():
+    config = CONFIGS.get_config("smoke")
+    with config.unlocked():
+        config.transition.scale_with_bits = True
+        config.arms, config.export = ("sgdt_1e-2",), ""
+        config.quantization.weight_bits = 4
+        config.quantization.bit_rules = (("conv1", (1, 1, 32)),)
+    built = make_task(Config(config.to_dict()))
+    assert built.stages[1].schedules["target"](0) == pytest.approx(0.02)
+    keys = jax.random.key(0)
+    state = jax.eval_shape(built.init, keys)
+    state = jax.eval_shape(built.stages[1].begin, jax.eval_shape(built.stages[0].begin, state, keys), keys)
+    assert state.params["layer3_0"]["conv1"]["kernel_scale"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\) must be at least one seed, each once"),
+        ({"arms": ()}, r"config.arms=\(\) must be at least one arm"),
+        ({"arms": ("float",)}, "must be at least one arm, each once"),
+        ({"arms": ("sgdd",), "export": ""}, "did you mean 'sgd'"),
+        ({"export": "adamt"}, r"config.export='adamt' is unknown; did you mean 'adamt_1e-2'"),
+        ({"quantization__weight_bits": 9}, "weight_bits=9 must be a whole number from 1 to 8"),
+        ({"quantization__weight_bits": 0}, "weight_bits=0 must be a whole number from 1 to 8"),
+        ({"quantization__weight_bits": 32}, "has 'adamt_1e-2', but no weights are quantized"),
+        ({"quantization__float_layers": ("^conv9/",)}, r"float_layers has '\^conv9/', which matches no layer"),
+        ({"quantization__bit_rules": (("fc", (2, 2, 32)),)}, "bit_rules has 'fc', which matches no layer"),
+        (
+            {"quantization__float_layers": ("^conv1/", "^layer")},
+            "linear/kernel has a quantizer that drops the scale, but no norm",
+        ),
+        ({"quantization__family": "trz"}, "config.quantization.family='trz' is unknown"),
+        (
+            {"arms": ("lsq_freezing",), "export": ""},
+            r"freezing needs quantizers with one scale \(trs, or lsq from 2 bits",
+        ),
+        ({"grid__sgd": ()}, r"config.grid.sgd=\(\) must be at least one learning rate"),
+        ({"grid__adam": (0.0,)}, r"config.grid.adam=\(0.0,\) must be at least one learning rate above 0"),
+        ({"data__validation_size": 0}, "validation_size is 0, so that there is nothing to choose one on"),
+        ({"float__epochs": 0.0}, "quantized training starts from a trained float network"),
+        ({"calibration_images": 513}, "config.calibration_images=513 is more than the 512 of the training split"),
+        ({"transition__target": 2.0, "arms": ("sgdt",), "export": ""}, "a rate is the fraction of weights"),
+        ({"transition__rule": "momentun"}, "config.transition.rule='momentun' is unknown; did you mean 'momentum'"),
+        ({"transition__granularity": "layer"}, "config.transition.granularity='layer' is not one of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_sentence_before_anything_compiles(changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        task(**changes)
+    assert "\n" not in str(error.value)
+
+
+# --- where a run starts ----------------------------------------------------------------------------------------------
+
+
+def quantized_file(path, *, family="trs", bits=(1, 1), value=0.5):
+    """A file as a run leaves it, all weights and scales ``value``."""
+    config = Config(CONFIGS.get_config("smoke").to_dict())
+    values = {**config.quantization.to_dict(), "family": family, "weight_bits": bits[0], "input_bits": bits[1]}
+    module = zoo.build("resnet20", num_classes=10, **config.model.settings.to_dict())
+    image = np.zeros((1, 8, 8, 1), np.float32)
+    network = build_network(Config(values), module, image)
+    shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), shapes)
+    model = weights.Model("resnet20", module, image)
+    weight_file.save_variables(path, variables, weights.metadata(model, family, network))
+    return str(path)
+
+
+def test_a_quantized_file_goes_on_where_it_ended(tmp_path):
+    path = quantized_file(tmp_path / "quantized.safetensors")
+    built = task(model__init_from=path, seeds=(0, 1), arms=("sgd",), export="")
+    assert [stage.name for stage in built.stages] == ["sgd"]
+    key = jax.random.key(0)
+    state = built.load(jax.eval_shape(built.init, key)).replace(step=jnp.int32(0))
+    begun = jax.jit(built.stages[0].begin, compiler_options={"xla_backend_optimization_level": 0})(state, key)
+    assert all(np.all(np.asarray(leaf) == 0.5) for leaf in jax.tree.leaves(begun.params))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ({"bits": (2, 2)}, {}, "layer3_0/conv1/kernel has W2A2, but the arm 'sgd' asks for W1A1; start from float"),
+        ({"bits": (1, 2)}, {}, "has W1A2, but the arm 'sgd' asks for W1A1"),
+        ({"family": "ewgs"}, {}, "quantizers of the family 'ewgs', but the arm 'sgd' has 'trs'"),
+        ({}, {"model__name": "resnet32"}, "holds a resnet20, not a resnet32"),
+        ({}, {"model__init_keep": ("linear",)}, "config.model.init_keep is for float weights"),
+    ],
+)
+def test_a_file_of_another_bit_width_is_refused(tmp_path, file, changes, message):
+    path = quantized_file(tmp_path / "quantized.safetensors", **file)
+    with pytest.raises(ConfigError, match=message):
+        task(model__init_from=path, arms=("sgd",), export="", **changes)
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    path = quantized_file(tmp_path / "quantized.safetensors")
+    with pytest.raises(DataError, match="does not fit"):
+        task(model__init_from=path, arms=("sgd",), export="", model__settings__width_multiplier=0.5)
+
+
+def test_a_scale_that_would_start_at_zero_is_refused(tmp_path):
+    """A dead layer in the float network's file: all its weights are 0."""
+    module = zoo.build("resnet20", num_classes=10, depth=8, width_multiplier=0.25)
+    random = np.random.default_rng(0)
+    variables = trees.map_named(
+        lambda name, leaf: (
+            np.asarray(0.3 * random.standard_normal(leaf.shape), leaf.dtype) ** 2
+            if "layer3_0/conv2" not in name
+            else np.zeros(leaf.shape, leaf.dtype)
+        ),
+        zoo.variable_shapes(module, (8, 8), 1),
+    )
+    path = tmp_path / "float.safetensors"
+    weight_file.save_variables(path, variables, {"model": "resnet20", "num_classes": 10})
+    built = task(model__init_from=str(path), arms=("sgd",), export="", calibration_images=16)
+    with pytest.raises(ConfigError, match=r"layer3_0/conv2/kernel_scale of the arm 'sgd' starts at 0, as what it is"):
+        built.load(jax.eval_shape(built.init, jax.random.key(0)))
+
+
+def test_merging_keeps_what_only_the_fresh_variables_have():
+    merged = training.merge({"a": {"kernel": 1, "kernel_scale": 2}, "b": 3}, {"a": {"kernel": 9}, "b": 8, "c": 7})
+    assert merged == {"a": {"kernel": 9, "kernel_scale": 2}, "b": 8}
+
+
+def test_loss_of_smoothed_labels():
+    logits, batch = jnp.asarray([[2.0, 0.0]]), {"label": jnp.asarray([0])}
+    value, metrics = training.loss_fn(0.1)(logits, batch)
+    log = jax.nn.log_softmax(logits)[0]
+    np.testing.assert_allclose(value, -(0.95 * log[0] + 0.05 * log[1]), rtol=1e-6)
+    assert metrics["accuracy"].compute() == 1
