@@ -34,7 +34,7 @@ Fields beside those of ``configs/common.py``:
     calibration_images  training images that the scales are fitted to
     export      the arm whose network of the first seed is written ("": none): quantized.safetensors, which
                 model.init_from takes again, and integers.safetensors with integers.json, codes for other programs
-    how         trainings of an arm: "map" one after the other, "vmap" at once, "call" one program each (engine/seeds.py)
+    how         trainings of an arm: "map" one after the other, "vmap" at once, "unroll" written out (engine/seeds.py)
 """
 
 from ml_collections import ConfigDict
@@ -164,7 +164,7 @@ def cifar10_subset() -> ConfigDict:
     config.grid.sgd, config.grid.adam = (0.01, 0.03, 0.1), (3e-4, 1e-3, 3e-3)
     config.transition.momentum = 0.9
     config.export = "sgdt"
-    config.how = "call"
+    config.how = "unroll"
     return common.finish(config)
 
 

@@ -117,8 +117,7 @@ def stage(
       data: the training batches of each seed.
       evals: name -> evaluation batches.
       every: evaluate each so many steps; 0: at the end.
-      how: "map": members one after the other; "vmap": at once; "call": each a call of one
-        program, a stage that isn't compiled (see :func:`seeds.step_seeds`).
+      how: "map": members one after the other; "vmap": at once; "unroll" (see :func:`seeds.over`).
       after: the arm that runs before, whose ``keep`` and ``pretrains`` are seen to when this one begins.
     """
     members = arm.members(seeds)
@@ -164,7 +163,6 @@ def stage(
         begin=begin,
         evals={name: Eval(batches, evaluate, every) for name, batches in evals.items()},
         schedules=arm.schedules,
-        compiled=how != "call",
         quickly=arm.steps < SHORT,
     )
 

@@ -37,16 +37,23 @@ def init_seeds(init: Callable[[jax.Array], State], seeds: Sequence[int]) -> Call
 
 
 def over(function: Callable[[Any], Any], tree: Any, how: str = "map") -> Any:
-    """``function`` of each seed's part of a tree with a leading seed axis, the results stacked; traceable.
+    """``function`` of each seed's part of a tree with a leading seed axis, the results stacked.
 
     Args:
       function: traceable.
       tree: leaves [S, ...].
-      how: "map" runs them one after the other, "vmap" at once. A single seed never needs a loop.
+      how: "map" runs them one after the other, "vmap" at once (best on accelerators), "unroll" writes each out in the
+        program, which compiles S times as long. Measured on CPU: matrices are fastest under "map", but convolutions run
+        five times slower within any loop (XLA gives only those outside of loops to its fast kernels); "vmap" is best
+        for small ones, "unroll" for large ones. A single seed never needs a loop.
     """
-    if jax.tree.leaves(tree)[0].shape[0] == 1:
-        return jax.tree.map(lambda leaf: leaf[None], function(member(tree, 0)))
-    return jax.vmap(function)(tree) if how == "vmap" else jax.lax.map(function, tree)
+    count = jax.tree.leaves(tree)[0].shape[0]
+    if how == "vmap":
+        return jax.vmap(function)(tree)
+    if how == "unroll" or count == 1:
+        each = [function(member(tree, index)) for index in range(count)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    return jax.lax.map(function, tree)
 
 
 def step_seeds(
@@ -56,35 +63,24 @@ def step_seeds(
     how: str = "map",
     separate: tuple[str, ...] = (),
 ) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
-    """``step`` for every seed; the metrics are those of all seeds merged.
+    """``step`` for every seed in one program; the metrics are those of all seeds merged.
 
     Args:
       step: the step of one seed.
       seeds: each one's keys are ``fold_in(key, seed)``.
-      how: "map" runs them one after the other in one program, "vmap" at once (best on accelerators). "call" is a Python
-        function, for stages that aren't compiled: it calls one program for each seed, on one device. On CPU matrices are
-        fastest under "map", but gradients of convolutions run five times slower in a loop than outside (XLA brings
-        only those of the entry computation into the form that its kernels want): there "vmap" is best for small ones,
-        "call" for large ones.
+      how: see :func:`over`.
       separate: metrics whose name starts with one of these are given for each seed, as ``name_0``, ``name_1``, ...
     """
 
-    def one(arguments: tuple[State, Batch, jax.Array], number: jax.Array, key: jax.Array) -> tuple[State, Metrics]:
-        member, rows, seed = arguments
-        new, metrics = step(member.replace(step=number), rows, jax.random.fold_in(key, seed))
-        return new.replace(step=None), metrics
-
-    called = jax.jit(one)
-    parts = jax.jit(lambda tree: [member(tree, index) for index in range(len(seeds))])
-    stacked = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
-
     def mapped(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        def one(arguments: tuple[State, Batch, jax.Array]) -> tuple[State, Metrics]:
+            member, rows, seed = arguments
+            new, metrics = step(member.replace(step=state.step), rows, jax.random.fold_in(key, seed))
+            return new.replace(step=None), metrics
+
         rows = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
         members = (state.replace(step=None), rows, jnp.asarray(seeds))
-        if how == "call":
-            new, metrics = stacked([called(part, state.step, key) for part in parts(members)])
-        else:
-            new, metrics = over(lambda arguments: one(arguments, state.step, key), members, how)
+        new, metrics = over(one, members, how)
         merged = {name: jax.tree.map(lambda leaf: leaf.sum(0), each) for name, each in metrics.items()}
         for name in [name for name in metrics if name.startswith(separate)]:
             del merged[name]

@@ -32,7 +32,7 @@ def rates(run: Run, results: Results, chosen: Sequence[Chosen], path: Path) -> N
             way = run.ways[scheduled].name
             axes.plot(*_series(run, results, chosen, scheduled, f"rate/{name}"), color="C0", lw=1, alpha=0.5, label="k")
             axes.plot(*_series(run, results, chosen, scheduled, f"running_rate/{name}"), color="C0", label=f"K, {way}")
-            axes.plot(*_target(run, scheduled), color="black", ls="--", lw=1, label="target R")
+            axes.plot(*_local(run, results, scheduled, "target"), color="black", ls="--", lw=1, label="target R")
         axes.set(title=name, xlabel="step", ylim=(0, None))
     panels[0].set_ylabel("fraction of codes that change")
     panels[0].legend(fontsize=7)
@@ -48,9 +48,9 @@ def step_size(run: Run, results: Results, chosen: Sequence[Chosen], path: Path) 
         initial = way.grid["lr"][chosen[index].index]
         for name in _some(layers(run, index)) if trainer.variant.scheduled else ():
             axes.plot(*_series(run, results, chosen, index, f"step_size/{name}"), lw=1, label=name)
-        steps = range(0, way.steps, max(way.steps // 200, 1))
-        plain = [initial * float(trainer.recipe.shape(step)) for step in steps]
-        axes.plot(steps, plain, color="black", ls="--", lw=1, label="plain LR")
+        steps = np.arange(way.steps)
+        shape = initial * np.asarray([float(trainer.recipe.shape(step)) for step in steps[:: max(way.steps // 200, 1)]])
+        axes.plot(steps[:: max(way.steps // 200, 1)], shape, color="black", ls="--", lw=1, label="plain LR")
         axes.set(title=f"{way.name}, initial {initial:g}", xlabel="step", ylabel="step size U", yscale="log")
         axes.set_ylim(initial * 1e-3, None)
         axes.legend(fontsize=7)
@@ -144,15 +144,12 @@ def _series(
     run: Run, results: Results, chosen: Sequence[Chosen], index: int, quantity: str
 ) -> tuple[list[int], list[float]]:
     """A logged quantity of an arm's chosen member, over the steps of its stage."""
-    steps, values = results.curve(run.ways[index].name, f"{quantity}_{chosen[index].member}")
+    return _local(run, results, index, f"{quantity}_{chosen[index].member}")
+
+
+def _local(run: Run, results: Results, index: int, metric: str) -> tuple[list[int], list[float]]:
+    steps, values = results.curve(run.ways[index].name, metric)
     return [step - run.trainers[index].offset for step in steps], values
-
-
-def _target(run: Run, index: int) -> tuple[list[int], list[float]]:
-    """The target of an arm over the steps of its stage, some 200 of them."""
-    way = run.ways[index]
-    steps = list(range(0, way.steps, max(way.steps // 200, 1)))
-    return steps, [float(way.schedules["target"](step)) for step in steps]
 
 
 def _some(names: Sequence[str]) -> tuple[str, ...]:

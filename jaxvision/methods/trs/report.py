@@ -71,7 +71,7 @@ def _weights_table(run: Run, results: Results, chosen: Sequence[Chosen]) -> Tabl
     rows = []
     for trainer, way, each in zip(run.trainers, run.ways, chosen):
         rate, moves = (_curve(results, way, each, name) for name in ("rate", "weights/effective_step"))
-        target = [float(way.schedules["target"](way.steps // 2))] if trainer.variant.scheduled else []
+        target = results.curve(way.name, "target")[1]
         distance, oscillating, frozen = (
             _curve(results, way, each, name) for name in ("weights/distance", "weights/oscillating", "weights/frozen")
         )

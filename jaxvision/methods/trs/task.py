@@ -58,7 +58,7 @@ def make(config: Config) -> Task:
         [data.train.with_seed(seed) for seed in seeds],
         {**validation, "test": data.eval},
         every=every,
-        how=config.one_of("how", ("map", "vmap", "call")),
+        how=config.one_of("how", ("map", "vmap", "unroll")),
     )
     title = f"{model.name} on {config.data.source}"
     run = Run(title, seeds, trainers, ways, bool(pretraining), config.export, model, data)
