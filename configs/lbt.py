@@ -28,7 +28,8 @@ Fields beside those of ``configs/common.py``:
     fixed_gammas   of arm fixed
     search         of dsgc and whole_error: every (steps), points (gammas tried), rate_factors (of dsgc: 1.0 scales
                    the rate by max(exp(-20 d), 0.1), 0.0 doesn't)
-    how            trainings of an arm: map, one after the other; vmap, at once; unroll, written out (engine/seeds.py)
+    how            trainings of an arm: map, one after the other; vmap, at once; unroll, written out (engine/seeds.py);
+                   call, one program called for each member (one device)
     quantization   of ``engine/quantization.py``; downsampling convolutions stay float with
                    --config.quantization.float_layers="('downsample',)", integers compute with
                    --config.quantization.execution=int

@@ -425,7 +425,7 @@ EXECUTED = {
 def deit(family, bits, **options):
     name, settings, _ = SMALL["deit"]
     module = zoo.build(name, num_classes=5, **settings)
-    return QuantizedNetwork(module, (Rule("^patch_embed|^head", None), Rule("kernel$", layer(family, bits, **options))))
+    return QuantizedNetwork(module, (Rule("^head", None), Rule("kernel$", layer(family, bits, **options))))
 
 
 @pytest.mark.parametrize("case", EXECUTED)
