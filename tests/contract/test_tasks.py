@@ -185,7 +185,11 @@ print(json.dumps(result.rows))
 @pytest.mark.parametrize("name", SMOKE)
 def test_one_and_eight_devices_agree(name, finished):
     """Losses and metrics to 1 %: sums are taken in another order, and near ties a rounded code may flip."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-c", EIGHT, name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
