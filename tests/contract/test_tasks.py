@@ -174,6 +174,7 @@ EIGHT = """
 import json, sys, tempfile
 from pathlib import Path
 import jax
+from tests import conftest  # noqa: F401
 from tests.contract import test_tasks as contract
 assert jax.device_count() == 8
 with tempfile.TemporaryDirectory() as folder:
