@@ -89,7 +89,7 @@ def test_mistakes(root):
     assert "'cifar1O' is unknown; did you mean 'cifar10'?" in fault(ConfigError, "cifar1O", path=root)
     assert "use one of digits" in fault(ConfigError, "zzzzzz")
     assert "no option 'sise'; it takes n, size, seed" in fault(ConfigError, "shapes", sise=3)
-    assert "it takes none" in fault(ConfigError, "cifar10", path=root, size=3)
+    assert "it takes none" in fault(ConfigError, "digits16", size=3)
     assert "it takes none" in fault(ConfigError, "tfds:mnist", size=3)
     assert "needs a path" in fault(ConfigError, "imagenet")
     assert "reads no files" in fault(ConfigError, "digits", path=root)
