@@ -1,13 +1,11 @@
 """Street View House Numbers, cropped digits: the official ``<split>_32x32.mat`` files."""
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from jaxvision.core.errors import DataError
-from jaxvision.data.decode import first_line
+from jaxvision.data.mat_file import read_mat
 from jaxvision.data.sources import ArraySource
 
 CLASS_NAMES = tuple("0123456789")
@@ -20,21 +18,7 @@ def svhn_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       DataError: naming the file that is missing, cut short, damaged, or of another form.
     """
-    # Here, because the import takes a tenth of a second.
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    try:
-        with open(path, "rb") as file:
-            arrays = loadmat(file, variable_names=("X", "y"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} doesn't exist; give the folder of the official train_32x32.mat, ...") from error
-    except (
-        MatReadError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError,
-        OSError, EOFError, zlib.error, struct.error,
-    ) as error:  # fmt: skip
-        reason = first_line(error)
-        raise DataError(f"{path} is cut short or no MATLAB file ({reason}); download it again") from error
+    arrays = read_mat(path, ("X", "y"))
     for name in ("X", "y"):
         if name not in arrays:
             raise DataError(f"{path} has no array '{name}': it is cut short or not one of SVHN's; download it again")
