@@ -29,7 +29,7 @@ def test_every_class_has_its_turn_of_four_in_each_cycle():
     for label, size in enumerate((20, 7, 2)):
         own = indices[LABELS[indices] == label]
         whole = own[: len(own) // size * size].reshape(-1, size)
-        assert (np.sort(whole, 1) == np.flatnonzero(LABELS == label)).all()  # each once before any comes again
+        assert (np.sort(whole, 1) == np.flatnonzero(label == LABELS)).all()  # each once before any comes again
         assert len({tuple(cycle) for cycle in whole.tolist()}) > 1
 
 

@@ -178,7 +178,10 @@ MASK = "SegmentationClass/2007_000032.png"
         ({"JPEGImages/2007_000039.jpg": None}, "JPEGImages/2007_000039.jpg doesn't exist, but the list 'train' names"),
         ({MASK: None}, f"{MASK} doesn't exist"),
         ({MASK: layouts.palette_mask(np.zeros((50, 39), np.uint8))}, f"{MASK} has 39x50 pixels, but its image"),
-        ({MASK: layouts.palette_mask(np.full((50, 38), 21, np.uint8))}, f"{MASK} has the label 21, but the classes are"),
+        (
+            {MASK: layouts.palette_mask(np.full((50, 38), 21, np.uint8))},
+            f"{MASK} has the label 21, but the classes are",
+        ),
         ({MASK: layouts.picture(38, 50, form="PNG")}, f"{MASK} has the colour mode RGB"),
         ({MASK: layouts.palette_mask(layouts.voc_labels(38, 50, 0))[:300]}, f"{MASK} can't be decoded"),
         ({MASK: b""}, f"{MASK} is empty"),
