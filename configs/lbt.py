@@ -103,6 +103,7 @@ def digits() -> ConfigDict:
     config.arms, config.gradient_bits, config.fixed_gammas = ARMS, (4, 3, 2), (1.0, 0.8, 0.6)
     config.interval.alphas = (1e-3, 1e-2)
     config.search.every = 20
+    config.how = "call"
     return common.finish(config)
 
 
@@ -123,7 +124,7 @@ def smoke() -> ConfigDict:
         config.data.eval_batch_size = 128
         config.optimizer.lr = 1e-4
         config.log_every, config.save_every = 3, 6
-        config.tensorboard = False
+        config.tensorboard, config.how = False, "vmap"
     return config
 
 
@@ -160,7 +161,7 @@ def cifar10_subset() -> ConfigDict:
     config.eval_every_epochs = 0
     config.arms, config.gradient_bits = ("fixed", "lbt"), (4, 3)
     config.lr_grid = (0.01, 0.03)
-    config.how = "unroll"
+    config.how = "call"
     return common.finish(config)
 
 
