@@ -24,7 +24,7 @@ def open_source(name: str, *, path: str | Path | None = None, split: str = "trai
     ======================= ============================================================ ===========================
     name                    path                                                         options
     ======================= ============================================================ ===========================
-    digits, digits16        none                                                         digits: raw
+    digits, digits16        none                                                         digits: raw, num_train, noise
     shapes                  none                                                         n, size, seed, num_classes,
                                                                                          label_map
     npz, cifar10, cifar100  a folder with ``<split>.npz``, or a file name with           npz: num_classes
@@ -76,9 +76,16 @@ def _require_path(name: str, path: Path | None) -> Path:
     return path
 
 
-def _open_digits(name: str, path: Path | None, split: str, raw: bool = False) -> ArraySource:
+def _open_digits(
+    name: str,
+    path: Path | None,
+    split: str,
+    raw: bool = False,
+    num_train: int = builtin.NUM_TRAIN,
+    noise: float = 0.0,
+) -> ArraySource:
     _no_path(name, path)
-    return builtin.digits(split, raw=raw)
+    return builtin.digits(split, raw=raw, num_train=num_train, noise=noise)
 
 
 def _open_digits16(name: str, path: Path | None, split: str) -> ArraySource:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.models import cifar_resnet, mobilenet_v2, resnet, swin, vit
+from jaxvision.models import cifar_resnet, mobilenet_v2, plain_cnn, resnet, swin, vit
 from jaxvision.models.cifar_resnet import CifarResNet
 from jaxvision.models.mobilenet_v2 import MobileNetV2
+from jaxvision.models.plain_cnn import PlainCNN
 from jaxvision.models.resnet import ResNet
 from jaxvision.models.swin import Swin
 from jaxvision.models.vit import ViT
@@ -28,7 +29,7 @@ class Spec:
     """What goes into a network, and where its published weights come from.
 
     Attributes:
-      family: "cifar_resnet", "resnet", "mobilenet_v2", "vit" or "swin".
+      family: "cifar_resnet", "resnet", "mobilenet_v2", "plain_cnn", "vit" or "swin".
       naming: whose state-dict names its weights have: "akamaster", "torchvision" or "timm".
       input_size: (height, width) in pixels.
       mean, std: of the normalisation ``(pixel / 255 - mean) / std``, a channel each.
@@ -49,6 +50,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "cifar_resnet": CifarResNet,
     "resnet": ResNet,
     "mobilenet_v2": MobileNetV2,
+    "plain_cnn": PlainCNN,
     "vit": ViT,
     "swin": Swin,
 }
@@ -64,6 +66,8 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
             entries[f"{name}_{stem}"] = {**kw, "stem": stem}, Spec("resnet", "torchvision", size, mean, std)
     for name, kw in mobilenet_v2.PRESETS.items():
         entries[name] = kw, Spec("mobilenet_v2", "torchvision", (224, 224), crop_fraction=0.875)
+    for name, kw in plain_cnn.PRESETS.items():
+        entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD)
     for family, module in (("vit", vit), ("swin", swin)):
         for name, kw in module.PRESETS.items():
             entries[name] = kw, Spec(family, "timm", **module.SPECS[name])
