@@ -76,13 +76,13 @@ def digits(method: str, arms: tuple[str, ...], *, noise: float = NOISE) -> Confi
 
 
 def smoke(config: ConfigDict, arms: tuple[str, ...]) -> ConfigDict:
-    """A small run made tiny: two seeds, four steps, two layers."""
+    """A small run made tiny: two seeds, seven steps, one layer."""
     config.seeds = (0, 1)
     config.arms = arms
-    config.epochs = 0.6
+    config.epochs = 0.9
     config.data.update({"train_size": 512, "validation_size": 128, "batch_size": 64, "eval_batch_size": 128})
     config.data.options.num_train = 640
-    config.model.settings = ConfigDict({"features": (4, 4), "strides": (2, 2), "dilations": (1, 1)})
+    config.model.settings = ConfigDict({"features": (4,), "strides": (2,), "dilations": (1,)})
     config.optimizer.lr = 0.01
     config.log_every, config.save_every, config.tensorboard = 2, 4, False
     config.simulations = 20

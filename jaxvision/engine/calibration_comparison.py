@@ -14,8 +14,9 @@ import numpy as np
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
 from jaxvision.data.transforms import IGNORE
-from jaxvision.engine import arms, calibration_arms, calibration_outcome, calibration_table, recipes
-from jaxvision.engine.calibration_arms import Monitor, Recipe, Trainer
+from jaxvision.engine import arms, calibration_arms, calibration_names, calibration_table, recipes
+from jaxvision.engine.calibration_arms import Monitor, Trainer
+from jaxvision.engine.calibration_names import Recipe
 from jaxvision.engine.calibration_outcome import Addition, Measuring, Run
 from jaxvision.engine.task import Batch, State, Task
 from jaxvision.metrics.calibration_scaling import METHODS
@@ -94,9 +95,9 @@ def _load(model: recipes.Model, count: int, state: State) -> State:
 
 
 def _recipes(config: Config) -> tuple[Recipe, ...]:
-    configured = calibration_arms.read_losses(config.losses.to_dict())
+    configured = calibration_names.read_losses(config.losses.to_dict())
     names = tuple(config.arms)
-    found = tuple(calibration_arms.parse(name, configured) for name in names)
+    found = tuple(calibration_names.parse(name, configured) for name in names)
     texts = [recipe.text for recipe in found]
     if not texts or len(set(texts)) != len(texts):
         raise ConfigError(f"config.arms={names} must be at least one arm, each once")
@@ -125,8 +126,8 @@ def _measuring(config: Config, data: recipes.Data, *, dense: bool) -> Measuring:
     if data.validation.num_examples < 2 or data.eval.num_examples < 2:
         counts = data.validation.num_examples, data.eval.num_examples
         raise ConfigError(
-            f"there are {counts[0]} validation and {counts[1]} test images ({where}), but fitting and measuring need at "
-            "least 2 of each"
+            f"there are {counts[0]} validation and {counts[1]} test images ({where}), but fitting and measuring need "
+            "at least 2 of each"
         )
     return measuring
 
@@ -146,7 +147,8 @@ def _check_batch(batch: Batch, trainers: tuple[Trainer, ...]) -> None:
     counted = labels[labels != IGNORE] if dense else labels
     if counted.size and counted.max() >= outputs[-1]:
         raise ConfigError(
-            f"label {counted.max()} of the first batch is none of the data's {outputs[-1]} classes (0 to {outputs[-1] - 1})"
+            f"label {counted.max()} of the first batch is none of the data's {outputs[-1]} classes "
+            f"(0 to {outputs[-1] - 1})"
         )
     for trainer in trainers:
         trainer.try_loss(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch))

@@ -77,9 +77,9 @@ def _table(run: Run, found: Sequence[Row]) -> Table:
     )
     if run.measuring.simulations:
         caption += (
-            " In brackets: 95 % interval of the true error on resampled test rows, with the upward bias that all binned "
-            "errors have taken off, ends averaged over the seeds. Calibrated would score: the mean ECE (and its 95 % "
-            "quantile) of a perfectly calibrated model with the unscaled confidences."
+            " In brackets: 95 % interval of the true error on resampled test rows, with the upward bias that all "
+            "binned errors have taken off, ends averaged over the seeds. Calibrated would score: the mean ECE "
+            "(and its 95 % quantile) of a perfectly calibrated model with the unscaled confidences."
         )
         if run.dense:
             caption += " Neighbouring pixels aren't independent, so that intervals and floors are too narrow here."

@@ -1,4 +1,4 @@
-"""What ACLS adds to the report: how far the logits lie apart, how much of the penalty is at work, and pictures of it."""
+"""What ACLS adds to the report: how far logits lie apart, how much of the penalty is at work, and pictures of both."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def added(run: Run, results: Results, rows: Sequence[Row]) -> Added:
         summary |= {f"{row.label}/{name}": float(numbers[name].mean()) for name in ("top_logit", "mean_logit")}
     caption = (
         f"Test rows. M: the loss's margin, or {fallback:g} for losses without one. Tops beyond M: rows whose largest "
-        "logit (for reference=min: the range) exceeds M; others beyond M: the other classes' logits more than M below it."
+        "logit (for reference=min: the range) exceeds M; others beyond M: other logits that are more than M below."
     )
     draw, shown = functools.partial, rows[:MOST_LINES]
     made = [
@@ -46,8 +46,8 @@ def added(run: Run, results: Results, rows: Sequence[Row]) -> Added:
 
 
 SMOOTHING = (
-    "The losses as label smoothing: how much the target of the predicted class (left) is lowered, and that of the others "
-    "(right) raised, for a row whose other logits are 0."
+    "The losses as label smoothing: how much the target of the predicted class (left) is lowered, and those of the "
+    "others (right) raised, for a row whose other logits are 0."
 )
 
 

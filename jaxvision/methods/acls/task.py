@@ -7,7 +7,8 @@ import jax
 
 from jaxvision.core.config import Config
 from jaxvision.engine import calibration_comparison
-from jaxvision.engine.calibration_arms import Monitor, Recipe
+from jaxvision.engine.calibration_arms import Monitor
+from jaxvision.engine.calibration_names import Recipe
 from jaxvision.engine.task import Batch, Metrics, Task
 from jaxvision.methods.acls import report
 from jaxvision.methods.acls.acls import acls_metrics

@@ -37,8 +37,8 @@ def added(run: Run, results: Results, rows: Sequence[Row]) -> Added:
         lines.append(_line(row, numbers))
         summary |= {f"{row.label}/{name}": float(values.mean()) for name, values in numbers.items()}
     caption = (
-        f"{len(mixed.labels):,} test images, {VIEWS} mixtures of each with λ ~ Beta({ALPHA:g}, {ALPHA:g}), the same for "
-        "all. Raw above mixed: mixtures that are less confident than their image. Pairs in order: of an image's "
+        f"{len(mixed.labels):,} test images, {VIEWS} mixtures of each with λ ~ Beta({ALPHA:g}, {ALPHA:g}), the same "
+        "for all. Raw above mixed: mixtures that are less confident than their image. Pairs in order: of an image's "
         "mixtures, the one with the larger max(λ, 1 - λ) is the more confident."
     )
     curves = {row.label: confidence_by_lambda(run, row, mixed) for row in rows}

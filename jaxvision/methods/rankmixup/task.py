@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxvision.core.config import Config
 from jaxvision.engine import calibration_comparison
-from jaxvision.engine.calibration_arms import Monitor, Recipe
+from jaxvision.engine.calibration_arms import Monitor
+from jaxvision.engine.calibration_names import Recipe
 from jaxvision.engine.task import Batch, Metrics, Task
 from jaxvision.methods.rankmixup import report
 from jaxvision.methods.rankmixup.rankmixup import ranking_metrics
