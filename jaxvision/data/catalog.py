@@ -33,7 +33,7 @@ def open_source(name: str, *, path: str | Path | None = None, split: str = "trai
     ======================= ============================================================ ===========================
     name                    path                                                         options
     ======================= ============================================================ ===========================
-    digits, digits16        none                                                         digits: raw
+    digits, digits16        none                                                         digits: raw, num_train, noise
     shapes                  none                                                         n, size, seed, num_classes,
                                                                                          label_map
     scenes                  none                                                         n, size, seed, num_classes,
@@ -94,9 +94,16 @@ def _require_path(name: str, path: Path | None) -> Path:
     return path
 
 
-def _open_digits(name: str, path: Path | None, split: str, raw: bool = False) -> ArraySource:
+def _open_digits(
+    name: str,
+    path: Path | None,
+    split: str,
+    raw: bool = False,
+    num_train: int = builtin.NUM_TRAIN,
+    noise: float = 0.0,
+) -> ArraySource:
     _no_path(name, path)
-    return builtin.digits(split, raw=raw)
+    return builtin.digits(split, raw=raw, num_train=num_train, noise=noise)
 
 
 def _open_digits16(name: str, path: Path | None, split: str) -> ArraySource:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxvision.core.errors import ConfigError
 from jaxvision.engine import seeds as seed_axis
 from jaxvision.engine.report import Results
 from jaxvision.engine.task import Batch, Eval, EvalData, Metrics, Stage, State, TrainData
@@ -82,6 +83,13 @@ class Arm:
         """All trainings: for each setting every seed."""
         settings = [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
         return tuple(Member(index, setting) for setting in settings for index in range(len(seeds)))
+
+
+def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """The seeds of ``config.seeds``; ConfigError unless there is one, and each is there once."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"config.seeds={tuple(seeds)} must be at least one seed, each once")
+    return tuple(seeds)
 
 
 def stages(

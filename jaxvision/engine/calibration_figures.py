@@ -107,7 +107,7 @@ def margin_sweep(
       floor: the noise floor; what lies in the grey below it can't be told from perfect calibration.
       xlabel: what is swept.
     """
-    canvas = Figure(figsize=(5.6, 3.8), layout="constrained")
+    canvas = Figure(figsize=(7.4, 3.8), layout="constrained")
     axes = canvas.subplots()
     for index, (label, points) in enumerate(series.items()):
         margins = sorted(points)
@@ -118,7 +118,7 @@ def margin_sweep(
         axes.axhline(float(np.mean(values)), ls=":", color=f"C{index}", label=label)
     if floor is not None:
         axes.axhspan(0, floor, color="0.85", zorder=0, label="noise floor")
-    axes.set(xlabel=xlabel, ylabel=name)
+    axes.set(xlabel=xlabel, ylabel=name, ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    canvas.legend(fontsize=8, loc="outside right upper")
     canvas.savefig(path, dpi=120)

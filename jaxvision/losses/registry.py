@@ -34,6 +34,8 @@ class LossSpec:
       needs: what the training step has to provide. "logits": nothing else. "history": CRL's ``history`` and
         ``sample_index``. "mixup": logits of mixed images alone, ``partner_labels`` and ``lam``. "raw_and_mixup": both
         halves of one forward pass of 2 N images. "views": RankMixup's two forward passes.
+      passes: "package.module:function" that makes the forward passes of a training step, for losses whose need the
+        engine doesn't know; see ``jaxvision/engine/calibration_passes.py``.
     """
 
     path: str
@@ -41,11 +43,20 @@ class LossSpec:
     mixing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     by_data: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     needs: Needs = "logits"
+    passes: str = ""
 
     @property
     def function(self) -> Callable[..., Any]:
         """The function, imported now."""
         return _load(self.path)
+
+    def load_passes(self) -> Callable[..., Any]:
+        """The function that ``passes`` names, imported now."""
+        return _load(self.passes)
+
+    def defaults(self, data: str | None = None) -> dict[str, Any]:
+        """The published numbers for a data set, of loss and mixing in one; imports nothing."""
+        return {**self.hyper, **self.mixing, **self.by_data.get(data or "", {})}
 
     def settings(self, data: str | None = None, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """(hyper, mixing) for a data set: the defaults, then the data set's numbers, then ``overrides``.
@@ -186,6 +197,7 @@ LOSSES: dict[str, LossSpec] = {
         mixing={"alpha": 2.0, "num_views": 1},
         by_data={"tiny_imagenet": {"alpha": 1.0, "margin": 1.0}},
         needs="views",
+        passes="jaxvision.methods.rankmixup.training:mrl_passes",
     ),
     "mndcg": LossSpec(
         f"{_RANKMIXUP}:mndcg_loss",
@@ -193,5 +205,6 @@ LOSSES: dict[str, LossSpec] = {
         mixing={"alpha": 2.0, "num_views": 3},
         by_data=_TINY_VIEWS,
         needs="views",
+        passes="jaxvision.methods.rankmixup.training:mndcg_passes",
     ),
 }

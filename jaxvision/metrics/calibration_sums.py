@@ -202,6 +202,30 @@ def _where(labels: jax.Array, mask: jax.Array | None, ignore: int | None) -> jax
 
 
 @struct.dataclass
+class TopError:
+    """The ECE with fixed bins alone: what is worth a look while a network trains. ``top``: bins [n]."""
+
+    top: ExactBins
+
+    @classmethod
+    def of(
+        cls, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, *, num_bins: int = NUM_BINS
+    ) -> "TopError":
+        """The sums of one batch: logits float [B, K], labels int [B], mask [B]."""
+        p = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        correct = jnp.argmax(p, -1) == labels
+        return cls(ExactBins.of(jnp.max(p, -1), correct, _where(labels, mask, None), num_bins))
+
+    def merge(self, other: "TopError") -> "TopError":
+        """The error of both sets of rows."""
+        return TopError(self.top.merge(other.top))
+
+    def compute(self) -> jax.Array:
+        """In [0, 1]; NaN of no rows."""
+        return calibration.ece(self.top.bins())
+
+
+@struct.dataclass
 class Confidences:
     """Every row's confidence, at the row's number: what the exact adaptive ECE of a whole set needs.
 

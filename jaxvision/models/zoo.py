@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.models import cifar_resnet, deeplab, densenet, mobilenet_v2, resnet, swin, vit, wide_resnet
+from jaxvision.models import cifar_resnet, deeplab, densenet, mobilenet_v2, plain_cnn, resnet, swin, vit, wide_resnet
 from jaxvision.models.cifar_resnet import CifarResNet
 from jaxvision.models.deeplab import DeepLabV3
 from jaxvision.models.densenet import DenseNet
 from jaxvision.models.mobilenet_v2 import MobileNetV2
+from jaxvision.models.plain_cnn import PlainCNN
 from jaxvision.models.resnet import ResNet
 from jaxvision.models.swin import Swin
 from jaxvision.models.vit import ViT
@@ -58,6 +59,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "densenet": DenseNet,
     "deeplab": DeepLabV3,
     "mobilenet_v2": MobileNetV2,
+    "plain_cnn": PlainCNN,
     "vit": ViT,
     "swin": Swin,
 }
@@ -80,6 +82,8 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
         entries[name] = kw, Spec("deeplab", "smp", (512, 512), dense=True)
     for name, kw in mobilenet_v2.PRESETS.items():
         entries[name] = kw, Spec("mobilenet_v2", "torchvision", (224, 224), crop_fraction=0.875)
+    for name, kw in plain_cnn.PRESETS.items():
+        entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD)
     for family, module in (("vit", vit), ("swin", swin)):
         for name, kw in module.PRESETS.items():
             entries[name] = kw, Spec(family, "timm", **module.SPECS[name])

@@ -13,7 +13,7 @@ from jaxvision.core.config import flatten
 from jaxvision.core.errors import ConfigError
 from jaxvision.models import zoo
 
-FILES = ("classification", "igq_vit", "lbt", "trs")
+FILES = ("acls", "classification", "igq_vit", "lbt", "rankmixup", "trs")
 PRESETS = [(file, preset) for file in FILES for preset in ("", *importlib.import_module(f"configs.{file}").PRESETS)]
 
 

@@ -28,7 +28,7 @@ from jaxvision.engine.plan import Plan
 from jaxvision.engine.progress import Progress
 from jaxvision.main import make_task
 
-SMOKE = ("classification", "igq_vit", "lbt", "trs")
+SMOKE = ("acls", "classification", "igq_vit", "lbt", "rankmixup", "trs")
 ROOT = Path(__file__).parents[2]
 
 

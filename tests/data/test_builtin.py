@@ -29,6 +29,17 @@ def test_digits_are_in_0_to_1():
     np.testing.assert_array_equal(scaled["image"] * 16, raw["image"])
 
 
+def test_noise_belongs_to_the_image_and_the_cut_moves():
+    clean, noisy = builtin.digits("all"), builtin.digits("all", noise=0.35)
+    difference = noisy.take(np.arange(1797))["image"] - clean.take(np.arange(1797))["image"]
+    assert abs(difference.std() - 0.35) < 0.003 and abs(difference.mean()) < 0.003
+    train, test = (builtin.digits(split, num_train=750, noise=0.35) for split in ("train", "test"))
+    assert (len(train), len(test)) == (750, 1047)
+    for part, first in ((train, 0), (test, 750)):
+        np.testing.assert_array_equal(part[7]["image"], noisy[first + 7]["image"])
+        assert part[7]["label"] == noisy[first + 7]["label"]
+
+
 def test_digits16_is_bilinear_without_aligned_corners():
     small, large = builtin.digits("train", raw=True)[3]["image"][..., 0], builtin.digits16("train")[3]["image"]
     assert large.shape == (16, 16, 1) and large.dtype == np.float32
@@ -107,6 +118,10 @@ def test_nearest_neighbour_on_shapes_is_above_chance_and_below_perfect():
 def test_mistakes():
     for make in (
         lambda: builtin.digits("tset"),
+        lambda: builtin.digits("train", num_train=1797),
+        lambda: builtin.digits("train", num_train=0),
+        lambda: builtin.digits("train", noise=-0.1),
+        lambda: builtin.digits("train", noise=0.1, raw=True),
         lambda: builtin.digits16("val"),
         lambda: procedural.shapes(0),
         lambda: procedural.shapes(5, 4),

@@ -13,7 +13,7 @@ from jaxvision.metrics import calibration, calibration_ood
 from jaxvision.metrics.calibration import Bins, Ranked
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import Scaling, batch_averages, measure
-from jaxvision.metrics.calibration_sums import Calibration, Confidences, ExactBins
+from jaxvision.metrics.calibration_sums import Calibration, Confidences, ExactBins, TopError
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "calibration_metrics"
 OFFICIAL = {
@@ -323,3 +323,14 @@ def test_members_of_a_vmapped_comparison_keep_their_axis():
         for name in found:
             np.testing.assert_allclose(found[name][index], expected[name], rtol=1e-5, err_msg=name)
             np.testing.assert_allclose(outside[name][index], expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_the_error_alone_is_that_of_all_rows():
+    random = np.random.default_rng(0)
+    logits, labels = 3 * random.normal(size=(20, 4)).astype(np.float32), random.integers(0, 4, 20)
+    logits[16:] = np.nan  # padding
+    of = jax.jit(TopError.of)
+    parts = [of(logits[part], labels[part], np.arange(20)[part] < 16) for part in (slice(12), slice(12, 20))]
+    merged = parts[0].merge(parts[1])
+    np.testing.assert_allclose(merged.compute(), measure(Rows.of(logits[:16], labels[:16])).values["ece"], rtol=1e-5)
+    assert merged.top.total == 16

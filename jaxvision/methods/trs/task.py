@@ -37,9 +37,7 @@ def make(config: Config) -> Task:
     Raises:
       ConfigError, DataError: anything in it that can't work.
     """
-    seeds = tuple(config.seeds)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"config.seeds={seeds} must be at least one seed, each once")
+    seeds = arms.check_seeds(config.seeds)
     data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name))
     model, quantized = weights.load_model(config.model, data)
     per_epoch = data.train.steps_per_epoch

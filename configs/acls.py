@@ -1,0 +1,56 @@
+"""ACLS: adaptive and conditional label smoothing, beside other calibration losses, each with temperature scaling.
+
+    python -m jaxvision.main --config=configs/acls.py
+        noisy handwritten digits, a network of four layers, four seeds
+    python -m jaxvision.main --config=configs/acls.py:clean_digits
+        the same without noise, where cross-entropy is calibrated and ACLS is not
+    python -m jaxvision.main --config=configs/acls.py:cifar10_subset --config.data.path='DIR/cifar10_{split}.npz'
+        a few thousand real images
+    python -m jaxvision.main --config=configs/acls.py:cifar10_resnet50 --config.data.path=DIR
+        the paper's recipe; DIR holds train.npz and test.npz
+    python -m jaxvision.main --config=configs/acls.py --config.arms="('ce','my_package.my_module:my_loss(strength=2)')"
+        a loss of one's own: a function (logits, labels, *, where=None, strength=1.0) that returns one number
+
+Presets: ``smoke`` (seconds), ``clean_digits``, ``cifar10_subset``, ``cifar10_resnet{50,101}``, ``imagenet_resnet50``.
+Fields: ``configs/calibration.py``.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import calibration, common
+
+ARMS = (
+    "ce",
+    "label_smoothing",
+    "focal",
+    "mbls",
+    "mixup",
+    "acls(margin=(4,6,8,10))",
+    "acls(margin=10,reference=min)",
+)
+PAPER_ARMS = ("ce", "mbls", "acls")
+CIFAR = {f"cifar10_resnet{depth}": f"resnet{depth}_cifar" for depth in (50, 101)}
+PRESETS = ("smoke", "clean_digits", "cifar10_subset", *CIFAR, "imagenet_resnet50")
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The configuration of a preset."""
+    if preset == "":
+        return common.finish(calibration.digits("acls", ARMS))
+    if preset == "smoke":
+        return smoke()
+    if preset == "clean_digits":
+        return common.finish(calibration.digits("acls", ARMS, noise=0.0))
+    if preset == "cifar10_subset":
+        return common.finish(calibration.cifar10_subset("acls", ("ce", "mbls", "mixup", "acls")))
+    if preset in CIFAR:
+        return common.finish(calibration.cifar("acls", PAPER_ARMS, CIFAR[preset]))
+    if preset == "imagenet_resnet50":
+        return common.finish(calibration.imagenet("acls", PAPER_ARMS))
+    raise common.unknown_preset(preset, PRESETS)
+
+
+def smoke() -> ConfigDict:
+    """Cross-entropy and two margins, low enough to be passed."""
+    config = calibration.digits("acls", ())
+    return common.finish(calibration.smoke(config, ("ce", "acls(margin=(0.1,0.5))")))

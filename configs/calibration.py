@@ -1,0 +1,145 @@
+"""What the configurations of the calibration methods share: the fields, the small protocol, the published recipes.
+
+Fields beside those of ``configs/common.py``:
+
+    seeds       each trains every arm, from its own random network (or the same pretrained one)
+    arms        rows of the table, in order: a loss of jaxvision/losses/registry.py with the numbers of ``losses``
+                ("mbls"), with others ("acls(margin=8, reference=min)"), with several, a row each, in one program
+                ("mrl(weight=(0, 0.1))"), or a function of one's own ("my_package.my_module:my_loss(strength=2)")
+    losses      loss -> its hyper-parameters, as published for the data set; alpha of mixup, mrl and mndcg is that of
+                the Beta distribution
+    epochs      of each arm; eval_every_epochs: 0: at the end
+    num_bins    of all calibration errors
+    simulations draws of the noise floors and resamples of the intervals; 0: neither
+    temperature how it is fitted on the data.validation_size images that are held out of the training split: "exact"
+                (the NLL's minimum), "grid_nll" or "grid_ece" (the papers' 0.1, 0.2, ... 10)
+    ignore_labels   pixels of these labels are trained on but not measured; (0,) is the official protocol of VOC
+    save_logits write logits_<arm>.npz, which jaxvision.tools.calibration reads
+    how         trainings of an arm: "map" one after the other, "vmap" at once, "unroll" written out (engine/seeds.py),
+                "call" one program called for each member (one device)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from jaxvision.losses import registry
+
+CIFAR_STATISTICS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+NOISE = 0.35
+
+
+def base(
+    method: str, arms: tuple[str, ...], data: ConfigDict, model: ConfigDict, optimizer: ConfigDict, **engine
+) -> ConfigDict:
+    """All fields; losses with the numbers published for the data set."""
+    config = common.engine(**engine)
+    config.method = method
+    config.seeds = (0,)
+    config.arms = arms
+    config.losses = ConfigDict({name: spec.defaults(data.source) for name, spec in registry.LOSSES.items()})
+    config.epochs, config.eval_every_epochs = 200.0, 5.0
+    config.data, config.model, config.optimizer = data, model, optimizer
+    config.num_bins, config.simulations = 15, 200
+    config.temperature = "exact"
+    config.ignore_labels = ()
+    config.save_logits = True
+    config.how = "map"
+    return config
+
+
+def sgd(milestones: tuple[float, ...], lr: float = 0.1) -> ConfigDict:
+    """The optimizer of both papers: momentum, decay of all parameters, gradients clipped to a norm of 2."""
+    schedule = {"name": "multistep", "milestones": milestones}
+    return common.optimizer("sgd", lr, weight_decay=5e-4, clip_norm=2.0, schedule=schedule)
+
+
+def digits(method: str, arms: tuple[str, ...], *, noise: float = NOISE) -> ConfigDict:
+    """Section 10 of the specifications: 500 training images, 250 to fit on, 1,047 to test on, 40 epochs, 4 layers."""
+    config = base(
+        method,
+        arms,
+        common.digits(
+            options={"num_train": 750, "noise": noise},
+            batch_size=64,
+            eval_batch_size=250,
+            train_size=500,
+            validation_size=250,
+        ),
+        common.model("plain_cnn"),
+        sgd((16.0, 24.0)),
+        log_every=7,
+        save_every=280,
+    )
+    config.seeds = (0, 1, 2, 3)
+    config.epochs, config.eval_every_epochs = 40.0, 0.0
+    config.how = "vmap"
+    return config
+
+
+def smoke(config: ConfigDict, arms: tuple[str, ...]) -> ConfigDict:
+    """A small run made tiny: two seeds, seven steps, one layer."""
+    config.seeds = (0, 1)
+    config.arms = arms
+    config.epochs = 0.9
+    config.data.update({"train_size": 512, "validation_size": 128, "batch_size": 64, "eval_batch_size": 128})
+    config.data.options.num_train = 640
+    config.model.settings = ConfigDict({"features": (4,), "strides": (2,), "dilations": (1,)})
+    config.optimizer.lr = 0.01
+    config.log_every, config.save_every, config.tensorboard = 2, 4, False
+    config.simulations = 20
+    return config
+
+
+def cifar10_subset(method: str, arms: tuple[str, ...]) -> ConfigDict:
+    """A few thousand CIFAR-10 images, 500 of them to fit on; ``data.path`` has ``{split}`` for train and test."""
+    config = base(
+        method,
+        arms,
+        common.cifar(10, batch_size=128, eval_batch_size=256, validation_size=500),
+        common.model("plain_cnn", settings={"features": (32, 64, 64, 128), "strides": (1, 2, 2, 2)}),
+        sgd((16.0, 24.0)),
+        log_every=25,
+        save_every=250,
+    )
+    config.seeds = (0, 1, 2)
+    config.epochs, config.eval_every_epochs = 40.0, 0.0
+    config.how = "call"
+    return config
+
+
+def cifar(method: str, arms: tuple[str, ...], network: str, num_classes: int = 10) -> ConfigDict:
+    """200 epochs, rate 0.1 divided by 10 after 80 and 120; 5,000 training images to fit on; temperatures by the grid.
+
+    The official code tests the network of the best validation accuracy; here it is that of the last step.
+    """
+    config = base(
+        method,
+        arms,
+        common.cifar(num_classes, batch_size=128, eval_batch_size=500, validation_size=5000, **CIFAR_STATISTICS),
+        common.model(network),
+        sgd((80.0, 120.0)),
+        log_every=100,
+        save_every=3510,
+    )
+    config.temperature = "grid_ece"
+    return config
+
+
+def imagenet(method: str, arms: tuple[str, ...]) -> ConfigDict:
+    """ResNet-50 with the recipe of CALS (AdamW, cosine, 200 epochs), whose baseline rows the ACLS paper shares.
+
+    10,000 training images are held out to fit on, and all 50,000 official validation images are tested on; the papers
+    cut those into 10,000 and 40,000.
+    """
+    schedule = {"name": "cosine", "warmup_epochs": 1.0, "warmup_lr": 5e-7, "end_lr": 5e-6}
+    config = base(
+        method,
+        arms,
+        common.imagenet({"jitter": 0.4, "erasing": 0.25}, batch_size=256, validation_size=10000),
+        common.model("resnet50"),
+        common.optimizer("adamw", 5e-4, weight_decay=0.05, clip_norm=2.0, schedule=schedule),
+        log_every=100,
+        save_every=5000,
+    )
+    config.temperature = "grid_ece"
+    return config

@@ -1,0 +1,56 @@
+"""RankMixup: mixed images rank confidences, beside other calibration losses, each with temperature scaling.
+
+    python -m jaxvision.main --config=configs/rankmixup.py
+        noisy handwritten digits, a network of four layers, four seeds; weight 0 is the control: the same forward passes
+        and batch statistics without the ranking loss
+    python -m jaxvision.main --config=configs/rankmixup.py:cifar10_subset --config.data.path='DIR/cifar10_{split}.npz'
+        a few thousand real images
+    python -m jaxvision.main --config=configs/rankmixup.py:cifar100_resnet50 --config.data.path=DIR
+        the paper's recipe; DIR holds train.npz and test.npz
+
+Presets: ``smoke`` (seconds), ``clean_digits``, ``cifar10_subset``, ``{cifar10,cifar100}_resnet{50,101}``,
+``imagenet_resnet50``. Fields: ``configs/calibration.py``.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import calibration, common
+
+ARMS = ("ce", "mbls", "mixup", "mrl(weight=(0,0.1,0.3))", "mndcg(weight=(0,0.1,1))")
+SHORT_ARMS = ("ce", "mixup", "mrl(weight=(0,0.1))", "mndcg(weight=(0,0.1))")
+PAPER_ARMS = ("ce", "mbls", "mixup", "mrl", "mndcg")
+CIFAR = {
+    f"cifar{classes}_resnet{depth}": (f"resnet{depth}_cifar", classes) for classes in (10, 100) for depth in (50, 101)
+}
+PRESETS = ("smoke", "clean_digits", "cifar10_subset", *CIFAR, "imagenet_resnet50")
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The configuration of a preset."""
+    if preset == "":
+        return common.finish(calibration.digits("rankmixup", ARMS))
+    if preset == "smoke":
+        return smoke()
+    if preset == "clean_digits":
+        return common.finish(calibration.digits("rankmixup", ARMS, noise=0.0))
+    if preset == "cifar10_subset":
+        return common.finish(calibration.cifar10_subset("rankmixup", SHORT_ARMS))
+    if preset in CIFAR:
+        return common.finish(calibration.cifar("rankmixup", PAPER_ARMS, *CIFAR[preset]))
+    if preset == "imagenet_resnet50":
+        return imagenet()
+    raise common.unknown_preset(preset, PRESETS)
+
+
+def imagenet() -> ConfigDict:
+    """The paper's numbers for ImageNet aren't published; alpha and margin are those of Tiny-ImageNet."""
+    config = calibration.imagenet("rankmixup", PAPER_ARMS)
+    config.losses.mrl.update({"alpha": 1.0, "margin": 1.0})
+    config.losses.mndcg.alpha = 1.0
+    return common.finish(config)
+
+
+def smoke() -> ConfigDict:
+    """M-NDCG with its control."""
+    config = calibration.digits("rankmixup", ())
+    return common.finish(calibration.smoke(config, ("mndcg(weight=(0,1),num_views=2)",)))
