@@ -28,6 +28,7 @@ ARMS = (
     "acls(margin=(4,6,8,10))",
     "acls(margin=10,reference=min)",
 )
+CLEAN_ARMS = ("ce", "mbls", "acls(margin=(6,10))")
 PAPER_ARMS = ("ce", "mbls", "acls")
 CIFAR = {f"cifar10_resnet{depth}": f"resnet{depth}_cifar" for depth in (50, 101)}
 PRESETS = ("smoke", "clean_digits", "cifar10_subset", *CIFAR, "imagenet_resnet50")
@@ -40,7 +41,7 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "smoke":
         return smoke()
     if preset == "clean_digits":
-        return common.finish(calibration.digits("acls", ARMS, noise=0.0))
+        return common.finish(calibration.digits("acls", CLEAN_ARMS, noise=0.0))
     if preset == "cifar10_subset":
         return common.finish(calibration.cifar10_subset("acls", ("ce", "mbls", "mixup", "acls")))
     if preset in CIFAR:

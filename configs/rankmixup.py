@@ -32,7 +32,7 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "smoke":
         return smoke()
     if preset == "clean_digits":
-        return common.finish(calibration.digits("rankmixup", ARMS, noise=0.0))
+        return common.finish(calibration.digits("rankmixup", SHORT_ARMS, noise=0.0))
     if preset == "cifar10_subset":
         return common.finish(calibration.cifar10_subset("rankmixup", SHORT_ARMS))
     if preset in CIFAR:
