@@ -29,12 +29,18 @@ def data(source: str, *, augment: dict | None = None, options: dict | None = Non
             "eval_split": "test",
             "train_size": 0,
             "validation_size": 0,
+            "validation_rule": "fixed",
+            "validation_seed": 0,
+            "class_aware": 0,
             "batch_size": 128,
             "eval_batch_size": 256,
             "pipeline": "array",
             "size": 0,
+            "eval_size": 0,
             "mean": (),
             "std": (),
+            "eval_mean": (),
+            "eval_std": (),
             "augment": {
                 "crop_padding": 0,
                 "flip": False,
@@ -57,6 +63,29 @@ def digits(**changes) -> ConfigDict:
 def cifar(num_classes: int = 10, **changes) -> ConfigDict:
     """CIFAR with the standard augmentation: 4 pixels of padding, random crop, mirror. ``path`` is for the user."""
     return data(f"cifar{num_classes}", augment={"crop_padding": 4, "flip": True}, **changes)
+
+
+def cifar_long_tail(num_classes: int = 10, imbalance: float = 0.1, **changes) -> ConfigDict:
+    """CIFAR with ``imbalance`` times as many images in the last class as in the first, sampled class by class."""
+    changes = {"options": {"imbalance": imbalance}, "class_aware": 4, **changes}
+    return cifar(num_classes, **changes)
+
+
+def tiny_imagenet(**changes) -> ConfigDict:
+    """Tiny-ImageNet, tested on its 10,000 validation images; 10,000 training images held out as ACLS does it."""
+    changes = {"validation_size": 10_000, "validation_rule": "per_class", "validation_seed": 1, **changes}
+    return data("tiny_imagenet", augment={"crop_padding": 4, "flip": True}, eval_split="val", **changes)
+
+
+def cub(**changes) -> ConfigDict:
+    """CUB-200-2011: whole image to 256 x 256, random crop of 224, mirror."""
+    return data("cub", augment={"flip": True}, pipeline="square", **changes)
+
+
+def voc(**changes) -> ConfigDict:
+    """VOC 2012 segmentation: crops of 512 of the 1,464 training images, tested at 480 on the 1,449 others."""
+    changes = {"pipeline": "voc", "eval_split": "val", "size": 512, "eval_size": 480, **changes}
+    return data("voc2012", augment={"flip": True, "jitter": 0.3}, **changes)
 
 
 def imagenet(augment: dict | None = None, **changes) -> ConfigDict:

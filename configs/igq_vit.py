@@ -108,11 +108,11 @@ def digits() -> ConfigDict:
         save_every=40,
     )
     config.bits = ("W4A4", "W4A3", "W6A6")
-    config.train.epochs = 18.0
+    config.train.epochs = 12.0
     config.train.optimizer.clip_norm = 1.0
     # The same gradient in passes of 8 images, whose activations stay in a CPU's cache.
     config.train.optimizer.accumulate = 4
-    config.train.optimizer.schedule.warmup_epochs = 1.8
+    config.train.optimizer.schedule.warmup_epochs = 1.2
     config.weights.method = "mse"
     return common.finish(config)
 

@@ -28,7 +28,8 @@ Fields beside those of ``configs/common.py``:
     fixed_gammas   of arm fixed
     search         of dsgc and whole_error: every (steps), points (gammas tried), rate_factors (of dsgc: 1.0 scales
                    the rate by max(exp(-20 d), 0.1), 0.0 doesn't)
-    how            trainings of an arm: map, one after the other; vmap, at once; unroll, written out (engine/seeds.py)
+    how            trainings of an arm: map, one after the other; vmap, at once; unroll, written out (engine/seeds.py);
+                   call, one program called for each member (one device)
     quantization   of ``engine/quantization.py``; downsampling convolutions stay float with
                    --config.quantization.float_layers="('downsample',)", integers compute with
                    --config.quantization.execution=int
@@ -102,6 +103,7 @@ def digits() -> ConfigDict:
     config.arms, config.gradient_bits, config.fixed_gammas = ARMS, (4, 3, 2), (1.0, 0.8, 0.6)
     config.interval.alphas = (1e-3, 1e-2)
     config.search.every = 20
+    config.how = "call"
     return common.finish(config)
 
 
@@ -122,7 +124,7 @@ def smoke() -> ConfigDict:
         config.data.eval_batch_size = 128
         config.optimizer.lr = 1e-4
         config.log_every, config.save_every = 3, 6
-        config.tensorboard = False
+        config.tensorboard, config.how = False, "vmap"
     return config
 
 
@@ -159,7 +161,7 @@ def cifar10_subset() -> ConfigDict:
     config.eval_every_epochs = 0
     config.arms, config.gradient_bits = ("fixed", "lbt"), (4, 3)
     config.lr_grid = (0.01, 0.03)
-    config.how = "unroll"
+    config.how = "call"
     return common.finish(config)
 
 

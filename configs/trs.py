@@ -34,7 +34,8 @@ Fields beside those of ``configs/common.py``:
     calibration_images  training images that the scales are fitted to
     export      the arm whose network of the first seed is written ("": none): quantized.safetensors, which
                 model.init_from takes again, and integers.safetensors with integers.json, codes for other programs
-    how         trainings of an arm: "map" one after the other, "vmap" at once, "unroll" written out (engine/seeds.py)
+    how         trainings of an arm: "map" one after the other, "vmap" at once, "unroll" written out (engine/seeds.py),
+                "call" one program called for each member (one device)
 """
 
 from ml_collections import ConfigDict
@@ -149,22 +150,24 @@ def smoke() -> ConfigDict:
 def cifar10_subset() -> ConfigDict:
     """Two bits from pretrained weights on a few thousand CIFAR-10 images; every way's own rate is chosen on 500.
 
+    Two epochs only: on two CPU cores, where a step of all members takes seconds, half an hour.
+
     ``data.path`` holds ``{split}`` for train and test; ``model.init_from`` a ResNet-20 of
     github.com/akamaster/pytorch_resnet_cifar10, trained with ImageNet's statistics.
     """
     config = base(
-        common.cifar(10, batch_size=128, eval_batch_size=256, validation_size=500),
+        common.cifar(10, batch_size=64, eval_batch_size=256, validation_size=500),
         common.model("resnet20"),
         common.quantization("trs", 2, 2, float_layers=("^conv1/", "^linear/")),
         log_every=25,
-        save_every=100,
+        save_every=51,
     )
     config.arms = ("sgd", "sgdt", "adam", "adamt")
-    config.epochs = 8.0
+    config.epochs = 2.0
     config.grid.sgd, config.grid.adam = (0.01, 0.03, 0.1), (3e-4, 1e-3, 3e-3)
     config.transition.momentum = 0.9
     config.export = "sgdt"
-    config.how = "unroll"
+    config.how = "call"
     return common.finish(config)
 
 
@@ -221,7 +224,8 @@ def deit(name: str) -> ConfigDict:
     normalisation follows the layers of a transformer. Its data augmentation, without mixup and cutmix.
     """
     data = common.imagenet({"rand_augment": 9.0, "erasing": 0.25}, batch_size=512)
-    quantization = common.quantization("trs", 3, 3, float_layers=("^head/",), signed_inputs=(".",), output_scale=True)
+    floats = ("^patch_embed/", "^head/")
+    quantization = common.quantization("trs", 3, 3, float_layers=floats, signed_inputs=(".",), output_scale=True)
     config = imagenet(common.model(name, settings={"drop_path_rate": 0.1}), quantization, data)
     config.arms, config.baseline = ("adamw", "adamwt"), "adamw"
     config.optimizer.update({"weight_decay": 0.05, "label_smoothing": 0.1})

@@ -8,6 +8,7 @@ checkpoint, 75 preempted and saved (start the same command again).
 """
 
 import errno
+import gc
 import importlib
 import json
 import os
@@ -122,6 +123,8 @@ def make_task(config: Any) -> Any:
 
 def _prepare_jax() -> None:
     """What must be set before the backend starts: the compilation cache, and the cluster where there is one."""
+    # Tracing makes millions of objects that stay: Python's default thresholds look through them again and again.
+    gc.set_threshold(100_000, 50, 1000)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxvision" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

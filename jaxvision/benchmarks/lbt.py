@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvision.benchmarks import timing, torch_resnet, training
+from jaxvision.benchmarks import torch_resnet, training
 from jaxvision.benchmarks.training import DECAY, LR, MOMENTUM, Training
 from jaxvision.core import trees
 from jaxvision.models.layers import Conv
@@ -86,13 +86,15 @@ def main() -> None:
         labels = batch["label"].astype(np.int64)
         for peer, step in (("PyTorch float", torch_resnet.float_step), ("PyTorch 4/4/4", torch_resnet.lbt_step)):
             made[peer] = functools.partial(step(), images, labels)
-    seconds = timing.interleaved(made, options.rounds)
-    training.table(seconds, made, PEERS)
+    seconds, processor = training.measure(made, options.rounds)
+    training.table(seconds, processor, made, PEERS)
 
-    overhead = seconds["4/4/4 fake"] / seconds["4/4/4 fake, gamma fixed"] - 1
-    training.verdict("controller's overhead, two whole steps", overhead, OVERHEAD)
+    overhead = processor["4/4/4 fake"] / processor["4/4/4 fake, gamma fixed"] - 1
+    training.verdict("controller's overhead, two whole steps by processor", overhead, OVERHEAD)
     if (peer := PEERS["float"]) in seconds:
-        training.verdict("float, jaxvision over PyTorch eager", seconds[peer] / seconds["float"], 1, at_least=True)
+        for what, times in (("", seconds), (" by processor", processor)):
+            ratio = times[peer] / times["float"]
+            training.verdict(f"float, jaxvision over PyTorch eager{what}", ratio, 1, at_least=True)
     sizes = {name: layer_residuals(name, options.batch) / 2**20 for name in ("fake", "int")}
     print(f"residuals of a layer: fake {sizes['fake']:.2f} MiB, int {sizes['int']:.2f} MiB")
     training.verdict("residuals of a layer, int over fake", sizes["int"] / sizes["fake"], RESIDUALS)

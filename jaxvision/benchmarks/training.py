@@ -3,6 +3,7 @@
 import argparse
 import os
 import resource
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
+from jaxvision.benchmarks import timing
 from jaxvision.core import trees
 from jaxvision.engine import supervised
 from jaxvision.engine.task import Batch, Metrics, State
@@ -124,15 +126,39 @@ def options(description: str | None, **defaults: int) -> argparse.Namespace:
     # with these two kinds alone a step takes 0.55 times as long as by default.
     flags = "--xla_cpu_experimental_ynn_fusion_type=eltwise,reduce"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    # PyTorch's threads shall not spin while they wait: where others use the machine, that halves its speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return parser.parse_args()
 
 
-def table(seconds: Mapping[str, float], made: Mapping[str, Any], peers: Mapping[str, str]) -> None:
-    """Prints steps/s, the ratio to the PyTorch peer, planned memory and compile time of every candidate."""
+def measure(candidates: Mapping[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each candidate by the clock and of processor time (all threads), interleaved.
+
+    Where others use the machine too, processor time is what can be compared.
+    """
+    used: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def watched(name: str, run: Callable[[], object]) -> Callable[[], None]:
+        def once() -> None:
+            begin = time.process_time()
+            run()
+            used[name].append(time.process_time() - begin)
+
+        return once
+
+    seconds = timing.interleaved({name: watched(name, run) for name, run in candidates.items()}, rounds)
+    return seconds, {name: statistics.median(values[1:]) for name, values in used.items()}  # the first warms up
+
+
+def table(
+    seconds: Mapping[str, float], processor: Mapping[str, float], made: Mapping[str, Any], peers: Mapping[str, str]
+) -> None:
+    """Prints speed, the ratio to the PyTorch peer by clock and processor, planned memory, compile time of everyone."""
     for name, value in seconds.items():
-        line = f"  {name:24s} {1 / value:7.3f} steps/s"
-        if peers.get(name) in seconds:
-            line += f"   {seconds[peers[name]] / value:5.2f} x {peers[name]}"
+        line = f"  {name:24s} {1 / value:7.3f} steps/s {processor[name]:7.2f} s of processor"
+        if (peer := peers.get(name)) in seconds:
+            ratios = seconds[peer] / value, processor[peer] / processor[name]
+            line += f"   {ratios[0]:5.2f} x {peer} ({ratios[1]:.2f} by processor)"
         if isinstance(own := made.get(name), Training):
             line += f"   temporary {own.temporary / 2**20:7.1f} MiB   compiled in {own.compile_seconds:5.1f} s"
         print(line)

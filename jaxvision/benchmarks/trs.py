@@ -85,14 +85,14 @@ def main() -> None:
         labels = batch["label"].astype(np.int64)
         for label, step in (("float", torch_resnet.float_step), ("W2A2 + TRS", torch_resnet.trs_step)):
             made[PEERS[label]] = functools.partial(step(), images, labels)
-    seconds = timing.interleaved(made, options.rounds)
-    training.table(seconds, made, PEERS)
+    seconds, processor = training.measure(made, options.rounds)
+    training.table(seconds, processor, made, PEERS)
 
     updates = {name: update_only(network, fitted["params"], name) for name in ("SGD", "SGDT")}
     alone = timing.interleaved(updates, 20 * options.rounds)
     print(f"optimizer's update alone: SGD {1e3 * alone['SGD']:.2f} ms, SGDT {1e3 * alone['SGDT']:.2f} ms")
-    whole = seconds["W2A2 + TRS"] / seconds["W2A2, SGD"] - 1
-    training.verdict("overhead, two whole steps", whole, OVERHEAD)
+    whole = processor["W2A2 + TRS"] / processor["W2A2, SGD"] - 1
+    training.verdict("overhead, two whole steps by processor", whole, OVERHEAD)
     training.verdict(
         "overhead, two updates over a step", (alone["SGDT"] - alone["SGD"]) / seconds["W2A2, SGD"], OVERHEAD
     )
@@ -100,7 +100,9 @@ def main() -> None:
     scalars = 1e-2  # K, U, R, ... of each tensor, shared by all its weights
     training.verdict("extra bytes a latent weight", extra, EXTRA_BYTES + scalars)
     if (peer := PEERS["float"]) in seconds:
-        training.verdict("float, jaxvision over PyTorch eager", seconds[peer] / seconds["float"], 1, at_least=True)
+        for what, times in (("", seconds), (" by processor", processor)):
+            ratio = times[peer] / times["float"]
+            training.verdict(f"float, jaxvision over PyTorch eager{what}", ratio, 1, at_least=True)
     print(training.peak_memory())
 
 

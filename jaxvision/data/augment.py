@@ -137,7 +137,7 @@ def color_jitter(
         turn = rng.uniform(-hue, hue)
         for kind in order.tolist():
             if kind == 3 and hue:
-                picture = _turn_hue(picture, turn)
+                picture = shift_hsv(picture, turn)
             elif kind < 3 and strengths[kind]:
                 picture = enhancers[kind](picture).enhance(factors[kind])
         return {**example, "image": from_pillow(picture)}
@@ -145,7 +145,9 @@ def color_jitter(
     return transform
 
 
-def _turn_hue(picture: Image.Image, turn: float) -> Image.Image:
-    h, s, v = picture.convert("HSV").split()
-    shifted = (np.asarray(h).astype(np.int16) + int(turn * 255)) % 256
-    return Image.merge("HSV", (Image.fromarray(shifted.astype(np.uint8)), s, v)).convert("RGB")
+def shift_hsv(picture: Image.Image, turn: float, saturation: float = 0, value: float = 0) -> Image.Image:
+    """The hue turned by a part of the circle, saturation and value (0 ... 255) moved and clipped."""
+    hue, *others = (np.asarray(band).astype(np.int16) for band in picture.convert("HSV").split())
+    bands = [(hue + int(turn * 255)) % 256]
+    bands += [np.clip(band + round(shift), 0, 255) for band, shift in zip(others, (saturation, value))]
+    return Image.merge("HSV", [Image.fromarray(band.astype(np.uint8)) for band in bands]).convert("RGB")

@@ -6,11 +6,20 @@ from pathlib import Path
 
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.data import builtin, procedural
-from jaxvision.data.folder import FolderSource, shorten
-from jaxvision.data.sources import ArraySource, Source, npz_source
+from jaxvision.data.cub import cub
+from jaxvision.data.drawn import DrawnSource
+from jaxvision.data.folder import FolderSource
+from jaxvision.data.scenes import scenes
+from jaxvision.data.sources import ArraySource, Source, Subset, npz_source
+from jaxvision.data.splits import long_tail
+from jaxvision.data.svhn import svhn
 from jaxvision.data.tfds_source import TfdsSource, tfds_source
+from jaxvision.data.tiny_imagenet import tiny_imagenet
+from jaxvision.data.trees import shorten
+from jaxvision.data.voc import MASKS, VocSource
 
 _SHAPES_EXAMPLES = {"train": 2000, "test": 500}
+_SCENES_EXAMPLES = {"train": 1200, "test": 300}
 
 
 def source_names() -> tuple[str, ...]:
@@ -27,8 +36,14 @@ def open_source(name: str, *, path: str | Path | None = None, split: str = "trai
     digits, digits16        none                                                         digits: raw, num_train, noise
     shapes                  none                                                         n, size, seed, num_classes,
                                                                                          label_map
-    npz, cifar10, cifar100  a folder with ``<split>.npz``, or a file name with           npz: num_classes
-                            ``{split}`` in it
+    scenes                  none                                                         n, size, seed, num_classes,
+                                                                                         objects, border
+    npz, cifar10, cifar100  a folder with ``<split>.npz``, or a file name with           imbalance, imbalance_seed;
+                            ``{split}`` in it                                            npz: num_classes
+    svhn                    likewise, or a folder with ``<split>_32x32.mat``
+    tiny_imagenet           likewise, or the folder or zip tiny-imagenet-200
+    cub                     the folder CUB_200_2011
+    voc2012                 the folder VOC2012; splits are its lists                     masks
     folder, imagenet        a folder with ``<split>/`` or ``<split>.zip``, a zip with    ignore
                             ``<split>/`` in it, or a name with ``{split}`` in it
     tfds:<name>             the tfds data folder, or none for tfds's default
@@ -43,6 +58,9 @@ def open_source(name: str, *, path: str | Path | None = None, split: str = "trai
     Raises:
       ConfigError: for an unknown name or option, a missing path, or a path that the data set doesn't take.
       DataError: if the files aren't there or aren't right.
+
+    ``imbalance`` makes the split "train" long-tailed, see :func:`jaxvision.data.splits.long_tail`; ``masks`` is
+    SegmentationClass or SegmentationClassAug.
     """
     path = Path(path).expanduser() if path else None
     if name.startswith("tfds:"):
@@ -110,14 +128,48 @@ def _open_shapes(
     return procedural.shapes(n, size, seed, split=split, num_classes=num_classes, label_map=label_map)
 
 
-def _open_cifar(name: str, path: Path | None, split: str) -> ArraySource:
-    return _open_npz(name, path, split, num_classes={"cifar10": 10, "cifar100": 100}[name])
+def _open_scenes(
+    name: str,
+    path: Path | None,
+    split: str,
+    n: int | None = None,
+    size: int = 64,
+    seed: int = 0,
+    num_classes: int = 7,
+    objects: tuple[int, int] = (1, 3),
+    border: int = 1,
+) -> DrawnSource:
+    _no_path(name, path)
+    if split not in _SCENES_EXAMPLES:
+        raise ConfigError(f"split='{split}' is unknown for scenes; use train or test")
+    n = _SCENES_EXAMPLES[split] if n is None else n
+    return scenes(n, size, seed, split=split, num_classes=num_classes, objects=tuple(objects), border=border)
 
 
-def _open_npz(name: str, path: Path | None, split: str, num_classes: int | None = None) -> ArraySource:
-    path = _require_path(name, path)
+def _open_cifar(
+    name: str, path: Path | None, split: str, imbalance: float = 1.0, imbalance_seed: int = 0
+) -> ArraySource | Subset:
+    classes = {"cifar10": 10, "cifar100": 100}[name]
+    return _open_npz(name, path, split, classes, imbalance, imbalance_seed)
+
+
+def _open_npz(
+    name: str,
+    path: Path | None,
+    split: str,
+    num_classes: int | None = None,
+    imbalance: float = 1.0,
+    imbalance_seed: int = 0,
+) -> ArraySource | Subset:
+    source = npz_source(_npz_file(_require_path(name, path), split), num_classes=num_classes)
+    if split != "train" or imbalance == 1:
+        return source
+    return Subset(source, long_tail(source.labels, source.num_classes, imbalance, imbalance_seed))
+
+
+def _npz_file(path: Path, split: str) -> str | Path:
     if "{split}" in str(path):
-        return npz_source(str(path).replace("{split}", split), num_classes=num_classes)
+        return str(path).replace("{split}", split)
     if not path.exists():
         raise DataError(f"{path} doesn't exist; give the folder that holds {split}.npz")
     if not path.is_dir():
@@ -126,7 +178,32 @@ def _open_npz(name: str, path: Path | None, split: str, num_classes: int | None 
     if not file.is_file():
         found = sorted(entry.stem for entry in path.glob("*.npz"))
         raise DataError(f"{path} has no {split}.npz; {_splits_found(found)}")
-    return npz_source(file, num_classes=num_classes)
+    return file
+
+
+def _is_npz(path: Path) -> bool:
+    """Is this what ``prepare_data`` writes, rather than the official files?"""
+    return "{split}" in str(path) or (path.is_dir() and any(path.glob("*.npz")))
+
+
+def _open_svhn(name: str, path: Path | None, split: str) -> ArraySource:
+    path = _require_path(name, path)
+    if _is_npz(path):
+        return npz_source(_npz_file(path, split), num_classes=10)
+    return svhn(path / f"{split}_32x32.mat")
+
+
+def _open_tiny_imagenet(name: str, path: Path | None, split: str) -> Source:
+    path = _require_path(name, path)
+    return npz_source(_npz_file(path, split)) if _is_npz(path) else tiny_imagenet(path, split)
+
+
+def _open_cub(name: str, path: Path | None, split: str) -> Source:
+    return cub(_require_path(name, path), split)
+
+
+def _open_voc(name: str, path: Path | None, split: str, masks: str = MASKS) -> VocSource:
+    return VocSource(_require_path(name, path), split, masks=masks)
 
 
 def _open_folder(name: str, path: Path | None, split: str, ignore: tuple[str, ...] = ()) -> FolderSource:
@@ -156,9 +233,14 @@ _OPENERS = {
     "digits": _open_digits,
     "digits16": _open_digits16,
     "shapes": _open_shapes,
+    "scenes": _open_scenes,
     "npz": _open_npz,
     "cifar10": _open_cifar,
     "cifar100": _open_cifar,
+    "svhn": _open_svhn,
+    "tiny_imagenet": _open_tiny_imagenet,
+    "cub": _open_cub,
+    "voc2012": _open_voc,
     "folder": _open_folder,
     "imagenet": _open_folder,
 }

@@ -1,18 +1,16 @@
-"""Images in class folders, ``<class>/<anything>.jpg``, in a directory or in a zip archive."""
+"""Images in class folders, ``<class>/<anything>.jpg``, in a directory or in a zip archive; images in a list."""
 
 import fnmatch
-import os
 import posixpath
-import threading
-import zipfile
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxvision.core.errors import DataError
-from jaxvision.data.decode import NUM_THREADS, decode_image, first_line, map_threaded
-from jaxvision.data.sources import Example, stack
+from jaxvision.data.decode import NUM_THREADS, decode_image, map_threaded
+from jaxvision.data.sources import Example, Source, stack
+from jaxvision.data.trees import Tree, open_tree
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 
@@ -26,7 +24,7 @@ class FolderSource:
 
     Args:
       path: a directory or a ``.zip`` file.
-      inside: for a zip, the folder in it that holds the class folders, such as ``"train"``.
+      inside: the folder in it that holds the class folders, such as ``"train"``.
       ignore: patterns of file names to skip (``"*.txt"``); any other file that isn't an image is an error.
 
     Raises:
@@ -37,12 +35,7 @@ class FolderSource:
 
     def __init__(self, path: str | Path, *, inside: str = "", ignore: tuple[str, ...] = ()):
         self.path = Path(path)
-        if self.path.is_dir():
-            self._reader = _Directory(self.path)
-        elif self.path.is_file():
-            self._reader = _Zip(self.path, inside.strip("/"))
-        else:
-            raise DataError(f"{self.path} doesn't exist; give a folder or zip with <class>/<image> in it")
+        self._reader = open_tree(self.path, inside)
         where = self._reader.where
         folders, files = self._reader.entries()
         self.class_names, self.files = _index(where, folders, files, ignore)
@@ -63,103 +56,70 @@ class FolderSource:
         return stack(map_threaded(self.__getitem__, np.asarray(indices).tolist(), NUM_THREADS))
 
     def verify(self, num_threads: int = NUM_THREADS) -> int:
-        """Decodes every image and returns their number.
+        """Decodes every image and returns their number; DataError counts the damaged ones and names the first."""
+        return verify(self, num_threads)
 
-        Raises:
-          DataError: with the number of damaged files and the first one's name and fault.
-        """
-        faults = [fault for fault in map_threaded(self._fault, range(len(self)), num_threads) if fault]
-        if faults:
-            raise DataError(f"{len(faults)} of {len(self)} images are damaged, first: {faults[0]}")
-        return len(self)
 
-    def _fault(self, index: int) -> str | None:
+class ListedSource:
+    """Images that a list names, decoded when they are read.
+
+    Args:
+      tree: where they are.
+      files: N names in it.
+      labels: integer ``[N]`` in ``0 .. K - 1``.
+      class_names: K names.
+      name: the list, for error messages.
+
+    Raises:
+      DataError: naming the image that isn't there, or the class that has none.
+    """
+
+    in_memory = False
+
+    def __init__(self, tree: Tree, files: Sequence[str], labels: np.ndarray, class_names: Sequence[str], name: str):
+        self._tree, self.files, self.labels = tree, list(files), np.asarray(labels, np.int32)
+        self.class_names, self.num_classes = tuple(class_names), len(class_names)
+        missing = next((file for file in self.files if not tree.exists(file)), None)
+        if missing is not None:
+            raise DataError(f"{tree.where}{missing} doesn't exist, but {name} lists it; restore it")
+        empty = np.flatnonzero(np.bincount(self.labels, minlength=self.num_classes) == 0)
+        if empty.size:
+            raise DataError(f"{name} lists no image of the class '{self.class_names[empty[0]]}'; restore the list")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        """``image`` uint8 ``[H, W, 3]`` RGB and ``label`` int32 scalar; DataError names a damaged file."""
+        file = self.files[index]
+        return {"image": decode_image(self._tree.read(file), self._tree.where + file), "label": self.labels[index]}
+
+    def take(self, indices: np.ndarray) -> Example:
+        return stack(map_threaded(self.__getitem__, np.asarray(indices).tolist(), NUM_THREADS))
+
+    def verify(self, num_threads: int = NUM_THREADS) -> int:
+        """Decodes every image and returns their number; DataError counts the damaged ones and names the first."""
+        return verify(self, num_threads)
+
+
+def verify(source: Source, num_threads: int = NUM_THREADS) -> int:
+    """Reads every example of a source that decodes, and returns their number.
+
+    Raises:
+      DataError: with the number of damaged ones and the first one's name and fault.
+    """
+
+    def fault(index: int) -> str | None:
         try:
-            self[index]
+            source[index]
         except DataError as error:
             return str(error)
         return None
 
-
-class _Directory:
-    """Lists and reads a directory tree; names are relative with forward slashes."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.where = f"{root}/"
-
-    def entries(self) -> tuple[list[str], list[str]]:
-        folders, files = [], []
-        for current, below, names in os.walk(self.root, followlinks=True, onerror=_cannot_list):
-            below[:] = [name for name in below if not _hidden(name)]
-            prefix = Path(current).relative_to(self.root).as_posix() + "/"
-            prefix = "" if prefix == "./" else prefix
-            folders += [prefix + name for name in below]
-            files += [prefix + name for name in names if not _hidden(name)]
-        return folders, files
-
-    def read(self, name: str) -> bytes:
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.where}{name} can't be read ({error.strerror}); restore it") from error
-
-
-class _Zip:
-    """Lists and reads a zip archive; one open handle, shared by threads under a lock."""
-
-    def __init__(self, path: Path, inside: str):
-        try:
-            self._archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            reason = first_line(error)
-            raise DataError(f"{path} is no readable zip archive ({reason}); copy or download it again") from error
-        self._prefix = f"{inside}/" if inside else ""
-        self.where = f"{path}:{self._prefix}"
-        self._lock = threading.Lock()
-        if not any(name.startswith(self._prefix) for name in self._archive.namelist()):
-            top = sorted({name.split("/", 1)[0] for name in self._archive.namelist()})
-            raise DataError(
-                f"{path} has no folder '{inside}' (it has {shorten(top)}); correct the name, "
-                "or, if every split has a zip of its own, write {split} in the path"
-            )
-
-    def entries(self) -> tuple[list[str], list[str]]:
-        folders, files = set(), set()
-        for name in self._archive.namelist():
-            relative = name.removeprefix(self._prefix)
-            if not name.startswith(self._prefix) or not relative or any(map(_hidden, relative.rstrip("/").split("/"))):
-                continue
-            if relative in files:
-                raise DataError(f"{self.where}{relative} is in the archive twice; remove one")
-            folder = relative.rstrip("/") if relative.endswith("/") else posixpath.dirname(relative)
-            if not relative.endswith("/"):
-                files.add(relative)
-            while folder:
-                folders.add(folder)
-                folder = posixpath.dirname(folder)
-        return list(folders), list(files)
-
-    def read(self, name: str) -> bytes:
-        try:
-            with self._lock:  # ZipFile counts its readers without a lock of its own
-                return self._archive.read(self._prefix + name)
-        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
-            reason = first_line(error)
-            raise DataError(f"{self.where}{name} can't be read ({reason}); make the archive again") from error
-
-
-def shorten(names: list[str]) -> str:
-    """The names with commas, at most eight of them; "nothing" where there are none."""
-    return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "nothing"
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-
-def _cannot_list(error: OSError) -> None:
-    raise DataError(f"{error.filename} can't be listed ({error.strerror}); check its permissions") from error
+    faults = [line for line in map_threaded(fault, range(len(source)), num_threads) if line]
+    if faults:
+        raise DataError(f"{len(faults)} of {len(source)} images are damaged, first: {faults[0]}")
+    return len(source)
 
 
 def _index(

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from jaxvision.core import rng
-from jaxvision.core.errors import DataError
+from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.data.class_aware import ClassAwareSampler
 from jaxvision.data.decode import NUM_THREADS, map_threaded
 from jaxvision.data.draws import NO_RANDOMNESS, Draws
 from jaxvision.data.sampler import Sampler, check_batch_size, shard_rows
-from jaxvision.data.sources import Source, Subset, stack
+from jaxvision.data.sources import Source, Subset, labels_of, stack
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch, Draws], Batch]
@@ -33,10 +34,14 @@ class TrainBatches:
       example_transform: example-level, ``(example, generator) -> example``, run on the reading threads; the generator
         is keyed by (seed, stream, step, global row). See :mod:`jaxvision.data.augment`.
       drop_remainder: see :class:`jaxvision.data.sampler.Sampler`.
+      class_aware: examples that a class gives in its turn, see :class:`jaxvision.data.class_aware.ClassAwareSampler`;
+        0: no turns, every example once in an epoch.
+      index: adds ``index`` int32 ``[B]``, the example's number in ``source``.
       num_threads: reading threads of this process for sources that decode; 0 or 1 means none.
 
     Raises:
-      ConfigError: for a batch size below 1 or above the number of examples, or a negative seed.
+      ConfigError: for a batch size below 1 or above the number of examples, a negative seed, or ``class_aware`` with
+        an empty class, without shuffling, or with a source that doesn't know its labels.
     """
 
     def __init__(
@@ -50,18 +55,32 @@ class TrainBatches:
         transform: Transform | None = None,
         example_transform: ExampleTransform | None = None,
         drop_remainder: bool = True,
+        class_aware: int = 0,
+        index: bool = False,
         num_threads: int = NUM_THREADS,
     ):
         self.source = source
         self.batch_size = batch_size
-        self.sampler = Sampler(
-            len(source), batch_size, seed=seed, stream=stream, shuffle=shuffle, drop_remainder=drop_remainder
-        )
+        order = {"seed": seed, "stream": stream, "drop_remainder": drop_remainder}
+        if class_aware:
+            if not shuffle:
+                raise ConfigError(f"class_aware={class_aware} is a random order; leave out shuffle=False")
+            labels, classes = labels_of(source), source.num_classes
+            self.sampler = ClassAwareSampler(labels, classes, batch_size, per_class=class_aware, **order)
+        else:
+            self.sampler = Sampler(len(source), batch_size, shuffle=shuffle, **order)
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self._seed, self._stream = seed, stream
         self._transform, self._example_transform = transform, example_transform
         self._num_threads = num_threads
-        self._options = {"stream": stream, "shuffle": shuffle, "drop_remainder": drop_remainder}
+        self._index = index
+        self._options = {
+            "stream": stream,
+            "shuffle": shuffle,
+            "drop_remainder": drop_remainder,
+            "class_aware": class_aware,
+            "index": index,
+        }
         # The stream has no end; Grain wants a length.
         self._examples = _map_dataset(source, example_transform, self._example, 2**62)
 
@@ -78,6 +97,8 @@ class TrainBatches:
             start = step * self.batch_size
             positions = range(start + rows.start, start + rows.stop)
             batch = stack(map_threaded(self._examples.__getitem__, positions, self._num_threads))
+        if self._index:
+            batch = _with_index(batch, indices)
         if self._transform is not None:
             batch = self._transform(batch, Draws(self._seed, self._stream, step, self.batch_size, rows))
         return batch
@@ -112,6 +133,7 @@ class EvalBatches:
       batch_size: ``B``, the global batch over all hosts.
       transform: batch-level and deterministic, ``(batch, _) -> batch``.
       example_transform: example-level and deterministic, ``(example, _) -> example``.
+      index: adds ``index`` int32 ``[B]``, the example's number in ``source``; the padding has row 0's.
       num_threads: reading threads of this process for sources that decode; 0 or 1 means none.
 
     Raises:
@@ -125,6 +147,7 @@ class EvalBatches:
         *,
         transform: Transform | None = None,
         example_transform: ExampleTransform | None = None,
+        index: bool = False,
         num_threads: int = NUM_THREADS,
     ):
         check_batch_size(batch_size)
@@ -136,6 +159,7 @@ class EvalBatches:
         self.num_batches = -(-self.num_examples // batch_size)
         self._transform, self._example_transform = transform, example_transform
         self._num_threads = num_threads
+        self._index = index
         self._examples = _map_dataset(source, example_transform, self._example, self.num_examples)
 
     def batch_at(self, i: int, shard_index: int = 0, shard_count: int = 1) -> Batch:
@@ -157,6 +181,8 @@ class EvalBatches:
             batch = {name: leaf[inverse] for name, leaf in batch.items()}
         if "mask" in batch:
             raise DataError("the source has a leaf 'mask', the name of the padding mask; rename it (label_map)")
+        if self._index:
+            batch = _with_index(batch, indices)
         if self._transform is not None:
             batch = self._transform(batch, NO_RANDOMNESS)
         batch["mask"] = real.astype(np.float32)
@@ -169,12 +195,19 @@ class EvalBatches:
             batch_size,
             transform=self._transform,
             example_transform=self._example_transform,
+            index=self._index,
             num_threads=self._num_threads,
         )
 
     def _example(self, index: int) -> dict[str, Any]:
         example = self.source[index]
         return example if self._example_transform is None else self._example_transform(example, NO_RANDOMNESS)
+
+
+def _with_index(batch: Batch, indices: np.ndarray) -> Batch:
+    if "index" in batch:
+        raise DataError("the source has a leaf 'index', the name of the example's number; rename it")
+    return {**batch, "index": indices.astype(np.int32)}
 
 
 def _map_dataset(source: Source, example_transform: ExampleTransform | None, read: Callable, length: int):

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxvision.core.errors import DataError
 from jaxvision.core.numpy_pickle import load_numpy_dict
+from jaxvision.data.prepare_archive import check_official
 from jaxvision.data.prepare_files import (
     Progress,
     describe_npz,
@@ -164,10 +165,7 @@ def _check_md5(form: Form, path: Path, md5: str, expected: str, allow_other: boo
     for kind, other in FORMS.items():
         if md5 == other.md5:
             raise DataError(f"{path} is {other.archive}; run the command '{kind}' on it")
-    raise DataError(
-        f"{path} has MD5 {md5}, the official file {expected}: download {form.archive} again, "
-        "or give --allow_other if it is meant to be another one"
-    )
+    check_official(path, md5, {form.archive: expected}, allow_other)
 
 
 def _check_complete(form: Form, path: Path, files: dict[str, bytes]) -> None:

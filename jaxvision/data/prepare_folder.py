@@ -1,5 +1,6 @@
 """Packs images in class folders into one npz file of equal-sized images."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from jaxvision.core.errors import ConfigError
 from jaxvision.data.augment import from_pillow, to_pillow
 from jaxvision.data.decode import map_threaded
-from jaxvision.data.folder import FolderSource
+from jaxvision.data.folder import FolderSource, ListedSource
 from jaxvision.data.imagenet import center_crop, resize_shorter_side
 from jaxvision.data.prepare_files import Progress, describe_npz, digest, make_folder, silent, write_json, write_npz
 
@@ -53,21 +54,12 @@ def pack_folder(
     if target.suffix != ".npz":
         raise ConfigError(f"--to={target}: give the name of a file that ends in .npz")
     folder = FolderSource(source, inside=inside, ignore=ignore)
-    try:
-        images = np.empty((len(folder), size, size, 3), np.uint8)
-    except (MemoryError, ValueError) as error:
-        need = len(folder) * size * size * 3 / 2**30
-        raise ConfigError(f"{len(folder)} images at --size={size} need {need:.0f} GiB; give a smaller size") from error
 
-    def read(index: int) -> np.ndarray:
-        picture = resize_shorter_side(to_pillow(folder[index]["image"]), size)
-        return from_pillow(center_crop(picture, size))
+    def fit(image: np.ndarray, file: str) -> np.ndarray:
+        del file
+        return from_pillow(center_crop(resize_shorter_side(to_pillow(image), size), size))
 
-    with progress(f"{source.name}: images", len(folder)) as advance:
-        for start in range(0, len(folder), _CHUNK):
-            rows = range(start, min(start + _CHUNK, len(folder)))
-            images[rows.start : rows.stop] = map_threaded(read, rows, 8)
-            advance(len(rows))
+    images = decode_all(folder, size, fit, source.name, progress)
     make_folder(target.parent)
     arrays = {"image": images, "label": folder.labels.astype(np.int64), "class_names": np.array(folder.class_names)}
     write_npz(target, arrays)
@@ -75,3 +67,31 @@ def pack_folder(
     manifest = {"dataset": "folder", "source": described, "outputs": {target.name: describe_npz(target, arrays)}}
     write_json(target.with_suffix(".manifest.json"), manifest)
     return manifest
+
+
+def decode_all(
+    source: FolderSource | ListedSource,
+    size: int,
+    fit: Callable[[np.ndarray, str], np.ndarray],
+    name: str,
+    progress: Progress,
+) -> np.ndarray:
+    """All images of a source, uint8 ``[N, size, size, 3]``, each as ``fit`` makes it of its pixels and its file's name.
+
+    Raises:
+      ConfigError: more images than memory.
+      DataError: naming the image that can't be decoded.
+    """
+    try:
+        images = np.empty((len(source), size, size, 3), np.uint8)
+    except (MemoryError, ValueError) as error:
+        need = len(source) * size * size * 3 / 2**30
+        raise ConfigError(f"{len(source)} images at --size={size} need {need:.0f} GiB; give a smaller size") from error
+    with progress(f"{name}: images", len(source)) as advance:
+        for start in range(0, len(source), _CHUNK):
+            rows = range(start, min(start + _CHUNK, len(source)))
+            images[rows.start : rows.stop] = map_threaded(
+                lambda row: fit(source[row]["image"], source.files[row]), rows, 8
+            )
+            advance(len(rows))
+    return images

@@ -12,12 +12,12 @@ from jaxvision.core.errors import DataError
 from jaxvision.data.decode import decode_image, map_threaded
 from jaxvision.data.folder import IMAGE_SUFFIXES
 from jaxvision.data.imagenet_labels import SYNSET, Labels
+from jaxvision.data.prepare_archive import tar_members
 from jaxvision.data.prepare_files import Progress, member_path, open_tar, read_bytes, silent, write_json
 from jaxvision.data.prepare_journal import Copied, Item, copy_items
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _MAX_IMAGE = 1 << 28  # bytes; the largest official one has 15 MB
-_END = bytes(tarfile.BLOCKSIZE)
 _CHUNK = 256
 
 
@@ -130,24 +130,9 @@ def _find(source: Path) -> tuple[Path | None, Path | None]:
 
 def _holds_class_tars(path: Path) -> bool:
     with open_tar(path) as archive:
-        for member in _members(archive, str(path)):
+        for member in tar_members(archive, str(path)):
             return member.name.endswith(".tar")
     raise DataError(f"{path} is an empty archive; download it again")
-
-
-def _members(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive, each with a safe name; and the check that the archive doesn't end too early."""
-    try:
-        for member in archive:
-            path = member_path(name, member)
-            if member.isfile() and not path.name.startswith("."):
-                yield member
-        archive.fileobj.seek(archive.offset)
-        end = archive.fileobj.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{name} is damaged ({error}); download it again") from error
-    if end != _END:
-        raise DataError(f"{name} has no end mark: it was cut short or is damaged; download it again")
 
 
 def _image_item(archive: tarfile.TarFile, member: tarfile.TarInfo, origin: str, folder: str) -> Item:
@@ -167,14 +152,14 @@ def _image_item(archive: tarfile.TarFile, member: tarfile.TarInfo, origin: str, 
 def _train_tar(path: Path) -> Iterator[Item]:
     """A tar of one tar a class, ``n01440764.tar``, of images."""
     with open_tar(path) as outer:
-        for member in _members(outer, str(path)):
+        for member in tar_members(outer, str(path)):
             name = member_path(str(path), member).name
             synset, origin = name.removesuffix(".tar"), f"{path}:{member.name}"
             if not name.endswith(".tar") or not SYNSET.fullmatch(synset):
                 raise DataError(f"{path} holds {member.name!a}, which is no class archive such as n01440764.tar")
             empty = True
             with open_tar(origin, outer.extractfile(member)) as inner:
-                for image in _members(inner, origin):
+                for image in tar_members(inner, origin):
                     empty = False
                     yield _image_item(inner, image, origin, f"train/{synset}")
             if empty:
@@ -184,7 +169,7 @@ def _train_tar(path: Path) -> Iterator[Item]:
 def _val_tar(path: Path, labels: Labels) -> Iterator[Item]:
     """A tar of images; the class comes from the labels."""
     with open_tar(path) as archive:
-        members = list(_members(archive, str(path)))
+        members = list(tar_members(archive, str(path)))
         names = [member_path(str(path), member).name for member in members]
         synsets = labels.of(names, str(path))
         for member, synset in zip(members, synsets):

@@ -1,15 +1,13 @@
 """Procedural images: one coloured, textured shape on a noisy background, with its class and its label map."""
 
 import math
-import threading
 
 import numpy as np
 
 from jaxvision.core import rng
 from jaxvision.core.errors import ConfigError
+from jaxvision.data.drawn import DrawnSource
 from jaxvision.data.sources import Example
-
-_CACHE_BYTES = 512 * 2**20
 
 
 def _circle(u, v):
@@ -44,8 +42,8 @@ def _bar(u, v):
     return (abs(u) < 0.95) & (abs(v) < 0.25)
 
 
-# In coordinates in which the shape fits the unit circle.
-_SHAPES = {
+# ``(u, v) -> bool`` in coordinates in which the shape fits the unit circle.
+SHAPES = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
@@ -55,55 +53,28 @@ _SHAPES = {
     "crescent": _crescent,
     "bar": _bar,
 }
-CLASS_NAMES = tuple(_SHAPES)
+CLASS_NAMES = tuple(SHAPES)
 
 
-class ShapesSource:
+class ShapesSource(DrawnSource):
     """Lazily drawn images; example ``i`` is a function of (seed, stream, i). See :func:`shapes`."""
 
-    in_memory = True  # drawing is Python work that threads don't speed up, and the cache serves all but the first look
-
     def __init__(self, num_examples: int, size: int, seed: int, stream: str, num_classes: int, label_map: bool):
-        self.class_names = CLASS_NAMES[:num_classes]
-        self.num_classes = num_classes
-        self._size, self._seed, self._stream = size, seed, stream
-        self._num_examples, self._with_map = num_examples, label_map
-        self._cache: dict[int, Example] = {}
-        self._cache_limit = _CACHE_BYTES // (size * size * 4)
-        self._lock = threading.Lock()
+        super().__init__(num_examples, self._example, CLASS_NAMES[:num_classes])
+        self._size, self._seed, self._stream, self._with_map = size, seed, stream, label_map
 
     @property
     def labels(self) -> np.ndarray:
         """int32 ``[N]``."""
-        return np.arange(self._num_examples, dtype=np.int32) % self.num_classes
+        return np.arange(len(self), dtype=np.int32) % self.num_classes
 
-    def __len__(self) -> int:
-        return self._num_examples
-
-    def __getitem__(self, index: int) -> Example:
-        index = range(self._num_examples)[int(index)]
-        example = self._cache.get(index)
-        if example is None:
-            example = self._draw(index)
-            with self._lock:
-                if len(self._cache) < self._cache_limit:
-                    self._cache[index] = example
-        return dict(example)
-
-    def take(self, indices: np.ndarray) -> Example:
-        examples = [self[index] for index in indices.tolist()]
-        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-    def _draw(self, index: int) -> Example:
+    def _example(self, index: int) -> Example:
         generator = rng.generator(self._seed, self._stream, index)
         label = index % self.num_classes  # balanced; training shuffles anyway
-        image, inside = _render(generator, _SHAPES[self.class_names[label]], self._size)
+        image, inside = _render(generator, SHAPES[self.class_names[label]], self._size)
         example = {"image": image, "label": np.int32(label)}
         if self._with_map:
             example["label_map"] = inside.astype(np.uint8) * np.uint8(label + 1)
-        for leaf in example.values():
-            if isinstance(leaf, np.ndarray):
-                leaf.flags.writeable = False  # it is shared through the cache
         return example
 
 

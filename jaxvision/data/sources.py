@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxvision.core.errors import DataError
+from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.data.decode import first_line
 
 Example = dict[str, np.ndarray]
@@ -163,6 +163,11 @@ class Subset:
         self.num_classes = source.num_classes
         self.class_names = source.class_names
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 ``[N]``, where the source knows its own."""
+        return labels_of(self._source)[self._indices]
+
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -171,6 +176,21 @@ class Subset:
 
     def take(self, indices: np.ndarray) -> Example:
         return self._source.take(self._indices[indices])
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """The labels int32 ``[N]`` of all examples, without reading the images.
+
+    Raises:
+      ConfigError: the source doesn't know them before it reads (tfds), or has none (segmentation).
+    """
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        raise ConfigError(
+            f"{type(source).__name__} doesn't know the labels of its examples beforehand; leave out what needs them "
+            "(class-aware sampling, a split per class, an imbalance), or open the data as npz or class folders"
+        )
+    return labels
 
 
 def npz_source(path: str | Path, *, num_classes: int | None = None) -> ArraySource:

@@ -125,12 +125,13 @@ def stage(
       data: the training batches of each seed.
       evals: name -> evaluation batches.
       every: evaluate each so many steps; 0: at the end.
-      how: "map": members one after the other; "vmap": at once; "unroll" (see :func:`seeds.over`).
+      how: "map": members one after the other; "vmap": at once; "unroll" (see :func:`seeds.over`); "call": one after
+        the other as calls of one program on one device (:func:`seeds.call_seeds`); every step logs a row.
       after: the arm that runs before, whose ``keep`` and ``pretrains`` are seen to when this one begins.
     """
     members = arm.members(seeds)
     owners = tuple(seeds[member.seed] for member in members)
-    over = functools.partial(seed_axis.over, how=how)
+    over = functools.partial(seed_axis.over, how="map" if how == "call" else how)
 
     def begin(state: State, key: jax.Array) -> State:
         index = np.asarray([member.seed for member in members])
@@ -148,7 +149,10 @@ def stage(
         new = over(one, (start, settings, keys))
         return new.replace(step=state.step, extra={**new.extra, **common})
 
-    run = seed_axis.step_seeds(arm.step, owners, how=how, separate=arm.separate)
+    if how == "call":
+        run = seed_axis.call_seeds(arm.step, owners, separate=arm.separate)
+    else:
+        run = seed_axis.step_seeds(arm.step, owners, how=how, separate=arm.separate)
 
     def step(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         state, common = _split(state)
@@ -170,6 +174,7 @@ def stage(
         step,
         begin=begin,
         evals={name: Eval(batches, evaluate, every) for name, batches in evals.items()},
+        compiled=how != "call",
         schedules=arm.schedules,
         quickly=arm.steps < SHORT,
     )

@@ -1,18 +1,17 @@
 """The ``data`` block of a configuration: sources and their transforms as training and evaluation batches."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
-from jaxvision.data import EvalBatches, Source, Subset, TrainBatches, open_source, transforms
-from jaxvision.data.imagenet import imagenet_eval, imagenet_train
-from jaxvision.data.rand_augment import RandAugment
+from jaxvision.data import EvalBatches, Source, Subset, TrainBatches, open_source, splits, transforms
+from jaxvision.data.sources import labels_of
+from jaxvision.engine.pipelines import PIPELINES, Augment, build_pipeline
 from jaxvision.models import zoo
 
-PIPELINES = ("array", "imagenet")
+RULES = ("fixed", "shuffle", "per_class")
 
 
 @dataclass(frozen=True)
@@ -41,101 +40,60 @@ class Data:
     validation: EvalBatches | None = None
 
 
-@dataclass(frozen=True)
-class Augment:
-    """The block ``data.augment``; 0 or False switches a part off.
-
-    Attributes:
-      crop_padding: pixels of padding of a random crop of the original size ("array").
-      flip: mirror with probability 1/2 ("array"; "imagenet" always does).
-      scale: bounds of the area of a random resized crop ("imagenet").
-      jitter: strength of the colour jitter ("imagenet").
-      rand_augment: magnitude of RandAugment; needs uint8 RGB images.
-      erasing: probability of random erasing with noise.
-    """
-
-    crop_padding: int
-    flip: bool
-    scale: tuple[float, float]
-    jitter: float
-    rand_augment: float
-    erasing: float
-
-    @classmethod
-    def read(cls, config: Config) -> "Augment":
-        """The block, checked."""
-        return cls(
-            crop_padding=config.positive("crop_padding", zero=True),
-            flip=config.one_of("flip", (True, False)),
-            scale=tuple(config.scale),
-            jitter=config.positive("jitter", zero=True),
-            rand_augment=config.positive("rand_augment", zero=True),
-            erasing=config.positive("erasing", zero=True),
-        )
-
-    def rand_augment_map(self) -> RandAugment | None:
-        """DeiT's RandAugment of this magnitude."""
-        return RandAugment(magnitude=self.rand_augment) if self.rand_augment else None
-
-    def erasing_map(self) -> list[transforms.Transform]:
-        """Random erasing, where there is any."""
-        return [transforms.random_erasing(self.erasing)] if self.erasing else []
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """The transforms of both splits, as keyword arguments of the batches, and the shape of the images they give."""
-
-    image_shape: tuple[int, int, int]
-    train: dict[str, Any] = field(default_factory=dict)
-    eval: dict[str, Any] = field(default_factory=dict)
-
-
-def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True) -> Data:
+def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True, index: bool = False) -> Data:
     """The batches of a ``data`` block.
 
     Fields: source, path ("": none), options (a block for the source), train_split, eval_split, train_size (0: all),
-    validation_size (held out of the training split; both by one fixed permutation), batch_size,
-    eval_batch_size, pipeline, size (0: as the images are; for "imagenet" the network's), mean and std ((): the
-    network's), augment (a block, see :class:`Augment`).
+    validation_size (held out of the training split), batch_size, eval_batch_size, pipeline, size (0: as the images are,
+    the network's, or the recipe's), mean and std ((): the network's), augment (a block, see
+    :class:`~jaxvision.engine.pipelines.Augment`).
+    And, which may be left out: validation_rule and validation_seed (see :func:`cut`), class_aware (examples that a
+    class gives in its turn; 0: no turns, see :class:`~jaxvision.data.class_aware.ClassAwareSampler`), eval_size (0: as
+    size), eval_mean and eval_std ((): mean and std; of the evaluation split alone).
 
-    Pipelines: "array" for images of one size; "imagenet" for photographs (:func:`array_pipeline`,
-    :func:`imagenet_pipeline`).
+    Pipelines: "array" for images of one size, with or without label maps; "imagenet" and "square" for photographs;
+    "voc" for photographs with label maps. See :mod:`jaxvision.engine.pipelines`.
 
     Args:
       config: the block.
       seed: of the run; names the order and the augmentation.
       spec: of the network.
       train: False: the training split isn't opened.
+      index: the batches carry ``index``, the example's number in their set.
 
     Raises:
       ConfigError, DataError: a value that is out of range, or data that aren't there.
     """
     batch_size, eval_batch_size = config.positive("batch_size"), config.positive("eval_batch_size")
-    kind, size = config.one_of("pipeline", PIPELINES), config.positive("size", zero=True)
+    kind = config.one_of("pipeline", PIPELINES)
+    size = (config.positive("size", zero=True), _optional(config, "eval_size"))
     mean, std = tuple(config.mean or spec.mean), tuple(config.std or spec.std)
+    eval_mean, eval_std = (tuple(config.get(name, ())) for name in ("eval_mean", "eval_std"))
     where, augment = config.augment, Augment.read(config.augment)
     train_split, eval_split, options = config.train_split, config.eval_split, config.options.to_dict()
     source, path = config.source, config.path or None
     sizes = (config.positive("train_size", zero=True), config.positive("validation_size", zero=True))
+    rule, class_aware = _rule(config), _optional(config, "class_aware")
 
     held_out = open_source(source, path=path, split=eval_split, **options)
-    if kind == "imagenet":
-        pipeline = imagenet_pipeline(augment, where, size, spec, mean, std)
-    else:
-        pipeline = array_pipeline(augment, where, size, held_out, mean, std)
+    pipeline = build_pipeline(kind, augment, where, size, held_out, spec, mean, std)
+    evaluation = pipeline.eval
+    if eval_mean or eval_std:
+        changed = (eval_mean or mean, eval_std or std)
+        evaluation = build_pipeline(kind, augment, where, size, held_out, spec, *changed).eval
     batches = train_examples = validation = None
     if train:
         examples = open_source(source, path=path, split=train_split, **options)
         _check_same_classes(config, examples, held_out)
-        examples, chosen = cut(config, examples, *sizes)
-        validation = None if chosen is None else EvalBatches(chosen, eval_batch_size, **pipeline.eval)
-        batches = TrainBatches(examples, batch_size, seed=seed, **pipeline.train)
-        train_examples = EvalBatches(examples, eval_batch_size, **pipeline.eval)
+        examples, chosen = cut(config, examples, *sizes, *rule)
+        validation = None if chosen is None else EvalBatches(chosen, eval_batch_size, index=index, **pipeline.eval)
+        order = {"seed": seed, "class_aware": class_aware, "index": index}
+        batches = TrainBatches(examples, batch_size, **order, **pipeline.train)
+        train_examples = EvalBatches(examples, eval_batch_size, index=index, **pipeline.eval)
     return Data(
         batches,
         train_examples,
-        EvalBatches(held_out, eval_batch_size, **pipeline.eval),
+        EvalBatches(held_out, eval_batch_size, index=index, **evaluation),
         held_out.num_classes,
         tuple(held_out.class_names),
         pipeline.image_shape,
@@ -145,8 +103,19 @@ def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True)
     )
 
 
-def cut(config: Config, examples: Source, train: int, validation: int) -> tuple[Source, Source | None]:
-    """The first ``train`` (0: all that remain) and the last ``validation`` examples in a fixed random order.
+def cut(
+    config: Config, examples: Source, train: int, validation: int, rule: str = "fixed", seed: int = 0
+) -> tuple[Source, Source | None]:
+    """``train`` (0: all that remain) training examples and ``validation`` others.
+
+    Args:
+      config: the block, for messages.
+      examples: the training split.
+      train, validation: how many.
+      rule: which are held out. "fixed": the last ones in one random order, the same for every seed. "shuffle": the
+        first ones of a shuffle, CIFAR's split in published code (:func:`jaxvision.data.splits.shuffled`). "per_class":
+        as many of each class, Tiny-ImageNet's (:func:`~jaxvision.data.splits.per_class`).
+      seed: of the published rules.
 
     Raises:
       ConfigError: there aren't so many.
@@ -159,72 +128,54 @@ def cut(config: Config, examples: Source, train: int, validation: int) -> tuple[
             f"don't fit into the {len(examples)} examples of the split '{config.train_split}'"
         )
     order = np.random.RandomState(0).permutation(len(examples))  # its streams are frozen for good
-    kept = order[: train or len(order) - validation]
-    return Subset(examples, np.sort(kept)), Subset(examples, np.sort(order[-validation:])) if validation else None
+    chosen = order[len(order) - validation :]
+    kept = order[: len(order) - validation]
+    if validation and rule == "shuffle":
+        kept, chosen = splits.shuffled(len(examples), validation, seed)
+    elif validation and rule == "per_class":
+        kept, chosen = splits.per_class(labels_of(examples), validation, seed)
+        kept = order[np.isin(order, kept)]  # not class by class: the first ones are a fair sample
+    kept = kept[: train or len(kept)]
+    return Subset(examples, np.sort(kept)), Subset(examples, np.sort(chosen)) if validation else None
 
 
-def array_pipeline(
-    augment: Augment, where: Config, size: int, source: Source, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Pipeline:
-    """Images of one size: [RandAugment] -> [resize] -> [crop] -> [flip] -> normalise -> [erasing].
+def other_evaluation(config: Config, data: Data, batch_size: int) -> EvalBatches:
+    """Another data set under the evaluation preprocessing of this one, such as out-of-distribution images.
 
-    Evaluation: [resize] -> normalise.
+    Its images are resized (bilinear, antialiased) to this data set's size and normalised as these. Fields: source,
+    path, options, split.
+
+    Args:
+      config: the block.
+      data: what the network is trained on.
+      batch_size: of the evaluation.
+
+    Raises:
+      ConfigError, DataError: data that aren't there, or whose channels are others.
     """
-    if augment.jitter:
-        raise ConfigError(f"{where.where('jitter')}={augment.jitter} is for the pipeline 'imagenet'; set it to 0")
-    example = source[0]["image"]
-    height, width, channels = np.shape(example)
-    if augment.rand_augment and (example.dtype != np.uint8 or channels != 3):
+    options = config.options.to_dict()
+    source = open_source(config.source, path=config.path or None, split=config.split, **options)
+    channels = np.shape(source[0]["image"])[-1]
+    if channels != data.image_shape[-1]:
         raise ConfigError(
-            f"{where.where('rand_augment')}={augment.rand_augment} needs uint8 RGB images, but these are "
-            f"{example.dtype} with {channels} channel(s); set it to 0"
+            f"{config.where('source')}={config.source!r} has images of {channels} channel(s), but the network takes "
+            f"{data.image_shape[-1]}; use another data set"
         )
-    if len(mean) != channels:
-        raise ConfigError(
-            f"the images have {channels} channel(s), but the normalisation has {len(mean)} means; "
-            "set data.mean and data.std to one number a channel"
-        )
-    resize = [transforms.resize(size)] if size else []
-    normalize = transforms.normalize(mean, std)
-    random = [transforms.random_crop_with_padding(augment.crop_padding)] if augment.crop_padding else []
-    random += [transforms.random_horizontal_flip()] if augment.flip else []
-    return Pipeline(
-        (size, size, channels) if size else (height, width, channels),
-        {
-            "transform": transforms.compose(*resize, *random, normalize, *augment.erasing_map()),
-            "example_transform": augment.rand_augment_map(),
-        },
-        {"transform": transforms.compose(*resize, normalize)},
-    )
+    transform = transforms.compose(transforms.resize(data.image_shape[:2]), transforms.normalize(data.mean, data.std))
+    return EvalBatches(source, batch_size, transform=transform)
 
 
-def imagenet_pipeline(
-    augment: Augment, where: Config, size: int, spec: zoo.Spec, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Pipeline:
-    """Photographs: random resized crop -> flip -> [RandAugment or jitter] -> normalise -> [erasing].
+def _optional(config: Config, key: str) -> int:
+    """A number of at least 0 that configurations of before didn't have."""
+    value = config.positive(key, zero=True) if key in config else 0
+    if not isinstance(value, int):
+        raise ConfigError(f"{config.where(key)}={value!r} must be a whole number")
+    return value
 
-    Evaluation: shorter side and central crop as the network's :class:`~jaxvision.models.zoo.Spec` says -> normalise.
-    """
-    if augment.crop_padding:
-        raise ConfigError(
-            f"{where.where('crop_padding')}={augment.crop_padding} is for the pipeline 'array'; set it to 0"
-        )
-    size, method = size or spec.input_size[0], spec.interpolation
-    train = imagenet_train(
-        size,
-        mean,
-        std,
-        scale=augment.scale,
-        jitter=augment.jitter,
-        rand_augment=augment.rand_augment_map(),
-        method=method,
-    )
-    erasing = transforms.compose(*augment.erasing_map()) if augment.erasing else None
-    return Pipeline(
-        (size, size, 3),
-        {"example_transform": train, "transform": erasing},
-        {"example_transform": imagenet_eval(size, spec.crop_fraction, mean, std, method)},
-    )
+
+def _rule(config: Config) -> tuple[str, int]:
+    name = config.one_of("validation_rule", RULES) if "validation_rule" in config else RULES[0]
+    return name, _optional(config, "validation_seed")
 
 
 def _check_same_classes(config: Config, train: Source, held_out: Source) -> None:

@@ -160,6 +160,7 @@ class _Run:
             state = self.parallel.replicate(single)
             numbers = evaluate.compute(metrics)
             times = {name: numbers.pop(name) for name in list(numbers) if name.startswith("seconds")}
+            numbers.update(_scheduled(stage, local))
             self._append(stage, first + local + 1, "train", numbers)
             self._time(stage, first + local + 1, {"seconds": time.monotonic() - begin, **times})
             self.progress.advance(local + 1, metrics=numbers)
@@ -173,7 +174,7 @@ class _Run:
             names = [name for name, leaf in leaves.items() if not np.all(np.isfinite(leaf))]
             self._refuse(stage, bad, f"the metric {names[0].split('/')[0]}", state)
         numbers = evaluate.compute(sums["metrics"])
-        numbers.update({name: float(value(local - 1)) for name, value in stage.schedules.items()})
+        numbers.update(_scheduled(stage, local - 1))
         self._append(stage, step, "train", numbers)
         return numbers
 
@@ -240,3 +241,8 @@ class _Run:
             f"step {step} (stage '{stage.name}'): {what} is not finite; {where}. "
             f"The last good checkpoint is kept ({kept}). Lower the learning rate or look at the data of that step"
         )
+
+
+def _scheduled(stage: Stage, local: int) -> dict[str, float]:
+    """The schedules' values for a step, counted from 0 within the stage."""
+    return {name: float(value(local)) for name, value in stage.schedules.items()}

@@ -43,7 +43,8 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
     }
     everywhere = (config.weight_bits, config.input_bits, config.gradient_bits)
     floats, signed, bit_rules = tuple(config.float_layers), tuple(config.signed_inputs), tuple(config.bit_rules)
-    if signed and "signed" not in {field.name for field in dataclasses.fields(family.activation)}:
+    can_be_signed = "signed" in {field.name for field in dataclasses.fields(family.activation)}
+    if signed and not can_be_signed and not family.any_sign:
         raise ConfigError(f"{config.where('signed_inputs')}={signed}, but inputs of family {name!r} are unsigned only")
 
     names = kernel_names(module, image)
@@ -54,7 +55,7 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
     rules = []
     for kernel in left:
         bits = next((bits for pattern, bits in bit_rules if re.search(pattern, kernel)), everywhere)
-        layer = _layer(family, bits, _found(signed, kernel), options, config.where("bit_rules"))
+        layer = _layer(family, bits, can_be_signed and _found(signed, kernel), options, config.where("bit_rules"))
         rules.append(Rule(f"^{re.escape(kernel)}$", layer))
     network = QuantizedNetwork(module, tuple(rules))
     network.check(image)

@@ -13,6 +13,9 @@ import numpy as np
 
 from jaxvision.engine.task import Batch, Metrics, State, TrainData
 
+HOW = ("map", "vmap", "unroll", "call")
+"""How members train: see :func:`over`; "call" is :func:`call_seeds`."""
+
 
 class SeedBatches:
     """The batches of several seeds, stacked as ``[B, S, ...]``."""
@@ -81,15 +84,48 @@ def step_seeds(
         rows = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
         members = (state.replace(step=None), rows, jnp.asarray(seeds))
         new, metrics = over(one, members, how)
-        merged = {name: jax.tree.map(lambda leaf: leaf.sum(0), each) for name, each in metrics.items()}
-        for name in [name for name in metrics if name.startswith(separate)]:
-            del merged[name]
-            merged.update({f"{name}_{index}": member(metrics[name], index) for index in range(len(seeds))})
-        return new.replace(step=state.step), merged
+        return new.replace(step=state.step), _merged(metrics, len(seeds), separate)
 
     return mapped
 
 
-def member(tree: Any, index: int) -> Any:
+def call_seeds(
+    step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]],
+    seeds: Sequence[int],
+    *,
+    separate: tuple[str, ...] = (),
+) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
+    """As :func:`step_seeds`, to rounding, but one program of one seed is called for each: not to be compiled again.
+
+    For networks whose step fills a CPU: it compiles once, and its convolutions aren't in a loop (see :func:`over`).
+    """
+
+    @jax.jit
+    def one(tree: tuple[State, Batch], index: jax.Array, step_count: jax.Array, seed: jax.Array, key: jax.Array):
+        state, rows = member(tree, index)
+        new, metrics = step(state.replace(step=step_count), rows, jax.random.fold_in(key, seed))
+        return new.replace(step=None), metrics
+
+    stack = jax.jit(lambda results: jax.tree.map(lambda *leaves: jnp.stack(leaves), *results))
+
+    def called(state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+        tree = (state.replace(step=None), {name: np.moveaxis(leaf, 1, 0) for name, leaf in batch.items()})
+        results = [one(tree, np.int32(index), state.step, np.int32(seed), key) for index, seed in enumerate(seeds)]
+        new, metrics = stack(results)
+        return new.replace(step=state.step), _merged(metrics, len(seeds), separate)
+
+    return called
+
+
+def _merged(metrics: Metrics, count: int, separate: tuple[str, ...]) -> Metrics:
+    """Sums over the seeds, but for the metrics that are kept apart."""
+    merged = {name: jax.tree.map(lambda leaf: leaf.sum(0), each) for name, each in metrics.items()}
+    for name in [name for name in metrics if name.startswith(separate)]:
+        del merged[name]
+        merged.update({f"{name}_{index}": member(metrics[name], index) for index in range(count)})
+    return merged
+
+
+def member(tree: Any, index: int | jax.Array) -> Any:
     """One seed's part of a tree with a leading seed axis."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

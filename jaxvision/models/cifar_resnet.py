@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.core.types import Tap, no_tap, scoped
+from jaxvision.models.heads import scaled_logits
 from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 
 SHORTCUTS = ("A", "B")
@@ -66,10 +67,12 @@ class CifarResNet(nn.Module):
     Attributes:
       shortcut: "A" (parameter-free) or "B" (1x1 convolution and BN where the shape changes).
       final_norm: a batch normalisation ``bn2`` before ``linear``, as the networks of LBT and TRS have.
+      temp: divides the logits.
       norm: makes the normalisation layers: ``norm(dtype=, name=)`` and call with ``train=``.
 
     Raises:
-      ConfigError: a depth that is not 6n + 2, an unknown shortcut, a width below one channel.
+      ConfigError: a depth that is not 6n + 2, an unknown shortcut, a width below one channel, a ``temp`` that is not
+        positive.
     """
 
     num_classes: int
@@ -77,6 +80,7 @@ class CifarResNet(nn.Module):
     width_multiplier: float = 1.0
     shortcut: str = "A"
     final_norm: bool = False
+    temp: float = 1.0
     norm: Callable[..., nn.Module] = BatchNorm
     dtype: Any = jnp.float32
 
@@ -98,7 +102,7 @@ class CifarResNet(nn.Module):
         if self.final_norm:
             x = self.norm(dtype=self.dtype, name="bn2")(x, train=train)
         x = Dense(self.num_classes, kernel_init="kaiming_in", dtype=self.dtype, name="linear")(tap("linear", x))
-        return x.astype(jnp.float32)
+        return scaled_logits(x, self.temp)
 
     def _check(self) -> int:
         if self.depth < 8 or (self.depth - 2) % 6:

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.models.layers import Conv, Dense, pair
+from jaxvision.models.patches import PatchEmbed
 from jaxvision.models.quantized import QuantizedNetwork
 from jaxvision.models.quantized_layer import BITS, INTERVAL
 
@@ -221,7 +222,7 @@ def _modules(module: nn.Module, image: Any) -> dict[str, nn.Module]:
     seen: dict[str, nn.Module] = {}
 
     def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, Conv | Dense) and context.method_name == "product":
+        if isinstance(context.module, Conv | Dense | PatchEmbed) and context.method_name == "product":
             seen["/".join((*context.module.path, "kernel"))] = context.module
         return call(*args, **kwargs)
 

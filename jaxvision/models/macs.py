@@ -83,11 +83,8 @@ def _costs(module: nn.Module, method: str, args: tuple[Any, ...], output: Any) -
     def name(leaf: str) -> str:
         return "/".join((*module.path, leaf))
 
-    if isinstance(module, (Conv, Dense)) and method == "product":
+    if isinstance(module, Conv | Dense | PatchEmbed) and method == "product":
         yield _layer(name("kernel"), args[1].shape, output.shape, getattr(module, "groups", 1))
-    elif isinstance(module, PatchEmbed) and method == "__call__":
-        kernel = module.get_variable("params", "kernel")
-        yield _layer(name("kernel"), kernel.shape, output.shape, 1)
     elif isinstance(module, Attention) and method == "__call__":
         windows, tokens, width = args[0].shape
         depth, size = width // module.num_heads, (windows, module.num_heads, tokens)

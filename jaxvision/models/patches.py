@@ -31,17 +31,29 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, tap: Tap = no_tap) -> jax.Array:
-        batch, height, width, channels = images.shape
+        _, height, width, channels = images.shape
         rows, columns = pair(self.patch_size)
         if height % rows or width % columns:
             raise ConfigError(f"an image of {height}x{width} pixels is no whole number of {rows}x{columns} patches")
         kernel, bias = self._parameters((rows, columns, channels, self.width))
-        # The convolution's own arithmetic; XLA's CPU backend runs it faster as a product.
-        x = tap("proj", images).astype(self.dtype)
-        x = x.reshape(batch, height // rows, rows, width // columns, columns * channels).swapaxes(2, 3)
-        x = x.reshape(batch, height // rows, width // columns, rows * columns * channels)
-        x = x @ kernel.astype(self.dtype).reshape(-1, self.width) + bias.astype(self.dtype)
+        x = self.product(tap("proj", images), kernel) + bias.astype(self.dtype)
         return x if self.norm_eps is None else layer_norm(self.norm_eps, self.dtype, "norm")(tap("norm", x))
+
+    def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The convolution without its bias; a method so that ``models.quantized`` can intercept it."""
+        batch, height, width, channels = x.shape
+        rows, columns = self.stride
+        # XLA's CPU backend runs it faster as a matrix product.
+        x = x.astype(self.dtype).reshape(batch, height // rows, rows, width // columns, columns * channels)
+        x = x.swapaxes(2, 3).reshape(batch, height // rows, width // columns, rows * columns * channels)
+        return x @ kernel.astype(self.dtype).reshape(-1, self.width)
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """With ``padding``, ``dilation`` and ``groups``: the product as a convolution, read as a ``Conv``'s."""
+        return pair(self.patch_size)
+
+    padding, dilation, groups = 0, 1, 1
 
     def _parameters(self, shape: tuple[int, int, int, int]) -> tuple[jax.Array, jax.Array]:
         rows, columns, channels, _ = shape

@@ -9,7 +9,7 @@ A quantized network has the parameters of the float one, by the same names, and 
 of its quantizers: ``kernel_scale``, ``input_scale``, ... (role and field), ``output_scale``. So the weights of a
 float network load into it, and it is trained, saved and sharded like any other.
 
-How it works: ``Conv`` and ``Dense`` (``models/layers.py``) do their product in a method of its own, and Flax lets a
+How it works: ``Conv``, ``Dense`` and ``PatchEmbed`` do their product in a method of its own, and Flax lets a
 caller intercept the methods of modules. The interceptor here quantizes the two operands first.
 """
 
@@ -60,7 +60,7 @@ def _trace(module: nn.Module, interceptor: Interceptor, image: Any) -> Intercept
 
 def _complete(layer: LayerQuant, role: str, name: str, leaves: Mapping[str, Any]) -> bool:
     """Whether the parameters of a quantizer lie beside the kernel ``name``. A kernel without them, found by a rule
-    all the same, is no product's (a patch embedding's), or holds codes (``integer_network.py``)."""
+    all the same, is somebody else's layer's, or holds codes (``integer_network.py``)."""
     part = "weight" if role == "kernel" else role
     if getattr(layer.bits, part) is None:
         return True

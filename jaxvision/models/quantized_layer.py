@@ -1,4 +1,4 @@
-"""One quantized layer: its rule, and what happens inside ``Conv.product`` and ``Dense.product`` in its place."""
+"""One quantized layer: its rule, and what happens in the place of ``Conv.product`` and its like."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.models.layers import BatchNorm, Conv, Dense, LayerNorm, pair
+from jaxvision.models.patches import PatchEmbed
 from jaxvision.quant import gradient, integer
 
 EXECUTIONS = ("fake", "int")
@@ -122,7 +123,7 @@ class Interceptor:
         module = context.module
         if isinstance(module, BatchNorm | LayerNorm) and context.method_name == "__call__":
             self._pending = ""
-        if not isinstance(module, Conv | Dense) or context.method_name != "product":
+        if not isinstance(module, Conv | Dense | PatchEmbed) or context.method_name != "product":
             return call(*args, **kwargs)
         name = "/".join((*module.path, "kernel"))
         self.finish()

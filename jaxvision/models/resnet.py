@@ -9,7 +9,8 @@ from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.core.types import Tap, no_tap, scoped
-from jaxvision.models.layers import BatchNorm, Conv, Dense, Dropout, adaptive_avg_pool, global_avg_pool, max_pool
+from jaxvision.models.heads import pooled_vector, scaled_logits
+from jaxvision.models.layers import BatchNorm, Conv, Dense, Dropout, max_pool
 
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet18": {"block": "basic", "stage_sizes": (2, 2, 2, 2)},
@@ -82,11 +83,12 @@ class ResNet(nn.Module):
       zero_init_residual: the last BN scale of every block starts at 0 (Goyal et al. 2017, section 5.1).
       features: return the list of the four stage outputs [B, H_s, W_s, C_s] instead of logits; no ``fc``.
       dropout: rate before ``fc``.
+      temp: divides the logits.
       conv_init: a name of ``layers.KERNEL_INITS``; None takes the stem's (``STEMS``).
       norm: makes the normalisation layers: ``norm(dtype=, scale_init=, name=)`` and call with ``train=``.
 
     Raises:
-      ConfigError: an unknown block or stem, or tuples of the wrong length.
+      ConfigError: an unknown block or stem, tuples of the wrong length, or a ``temp`` that is not positive.
     """
 
     num_classes: int
@@ -100,6 +102,7 @@ class ResNet(nn.Module):
     zero_init_residual: bool = False
     features: bool = False
     dropout: float = 0.0
+    temp: float = 1.0
     conv_init: str | None = None
     norm: Callable[..., nn.Module] = BatchNorm
     dtype: Any = jnp.float32
@@ -128,14 +131,11 @@ class ResNet(nn.Module):
         return outputs if self.features else self._head(x, train, tap)
 
     def _head(self, x: jax.Array, train: bool, tap: Tap) -> jax.Array:
-        if self.stem == "tiny_imagenet":
-            x = adaptive_avg_pool(x, 2).transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        else:
-            x = global_avg_pool(x)
-        if self.num_classes:
-            x = Dropout(self.dropout, name="drop")(x, train)
-            x = Dense(self.num_classes, dtype=self.dtype, name="fc")(tap("fc", x))
-        return x.astype(jnp.float32)
+        x = pooled_vector(x, 2 if self.stem == "tiny_imagenet" else 1)
+        if not self.num_classes:
+            return x.astype(jnp.float32)
+        x = Dropout(self.dropout, name="drop")(x, train)
+        return scaled_logits(Dense(self.num_classes, dtype=self.dtype, name="fc")(tap("fc", x)), self.temp)
 
     def _plan(self) -> list[list[tuple[int, int]]]:
         """(stride, dilation) of every block of every stage."""

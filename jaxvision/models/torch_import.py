@@ -18,7 +18,7 @@ from jaxvision.models import zoo
 StateDict = dict[str, np.ndarray]
 
 DROPPED = ("num_batches_tracked", "relative_position_index", "attn_mask")  # recomputed or of no use here
-CLASSIFIERS = ("fc", "linear", "classifier.1", "head", "head.fc", "head_dist")
+CLASSIFIERS = ("fc", "linear", "classifier.1", "head", "head.fc", "head_dist", "segmentation_head.0")
 _SHOWN = 4
 
 
@@ -54,7 +54,8 @@ def _to_torch(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _modern_names(state: Mapping[str, np.ndarray], family: str) -> StateDict:
-    """Older and sister code bases' names in today's: timm's first Swin, kuangliu's ResNets."""
+    """Older and sister code bases' names in today's: timm's first Swin, kuangliu's ResNets, SMP before 2025; and the
+    weights of a ResNet as those of DeepLab's encoder."""
     rules: list[tuple[str, str | Callable[[re.Match], str]]] = []
     if family == "swin":
         if "layers.0.downsample.reduction.weight" in state:
@@ -64,6 +65,12 @@ def _modern_names(state: Mapping[str, np.ndarray], family: str) -> StateDict:
         rules = [(r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")]
     elif family == "cifar_resnet":
         rules = [(r"\.downsample\.", ".shortcut."), (r"^fc\.", "linear.")]
+    elif family == "deeplab":
+        rules = [(r"^decoder\.0\.", "decoder.aspp."), (r"^decoder\.1\.", "decoder.conv."),
+                 (r"^decoder\.2\.", "decoder.bn.")]  # fmt: skip
+        if not any(key.startswith("encoder.") for key in state):
+            state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+            rules.append((r"^(?=(conv1|bn1|layer\d)\b)", "encoder."))
     renamed = {}
     for key, value in state.items():
         for pattern, new in rules:

@@ -1,7 +1,7 @@
 """The networks by name: ``build("resnet50", num_classes=10, stem="cifar")``.
 
 Names are torchvision's and timm's; the CIFAR networks of He et al. are ``resnet20`` ... ``resnet110``, with
-``final_norm=True`` those of LBT and TRS.
+``final_norm=True`` those of LBT and TRS. The calibration literature's end in ``_cifar`` and ``_tiny_imagenet``.
 """
 
 import dataclasses
@@ -12,13 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.models import cifar_resnet, mobilenet_v2, plain_cnn, resnet, swin, vit
+from jaxvision.models import cifar_resnet, deeplab, densenet, mobilenet_v2, plain_cnn, resnet, swin, vit, wide_resnet
 from jaxvision.models.cifar_resnet import CifarResNet
+from jaxvision.models.deeplab import DeepLabV3
+from jaxvision.models.densenet import DenseNet
 from jaxvision.models.mobilenet_v2 import MobileNetV2
 from jaxvision.models.plain_cnn import PlainCNN
 from jaxvision.models.resnet import ResNet
 from jaxvision.models.swin import Swin
 from jaxvision.models.vit import ViT
+from jaxvision.models.wide_resnet import WideResNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -29,12 +32,14 @@ class Spec:
     """What goes into a network, and where its published weights come from.
 
     Attributes:
-      family: "cifar_resnet", "resnet", "mobilenet_v2", "plain_cnn", "vit" or "swin".
-      naming: whose state-dict names its weights have: "akamaster", "torchvision" or "timm".
+      family: a key of ``CLASSES``.
+      naming: whose state-dict names its weights have: "akamaster", "torchvision", "timm", "flsd"
+        (torrvision/focal_calibration, and MbLS, CALS and RankMixup after it) or "smp" (segmentation_models.pytorch).
       input_size: (height, width) in pixels.
       mean, std: of the normalisation ``(pixel / 255 - mean) / std``, a channel each.
       crop_fraction: evaluation resizes the shorter side to ``floor(size / crop_fraction)`` and takes the centre.
       interpolation: of that resize, "bilinear" or "bicubic" (PIL, antialiased).
+      dense: whether the logits are those of every pixel, [B, H, W, K], instead of the image's, [B, K].
     """
 
     family: str
@@ -44,11 +49,15 @@ class Spec:
     std: tuple[float, float, float] = IMAGENET_STD
     crop_fraction: float = 1.0
     interpolation: str = "bilinear"
+    dense: bool = False
 
 
 CLASSES: dict[str, type[nn.Module]] = {
     "cifar_resnet": CifarResNet,
     "resnet": ResNet,
+    "wide_resnet": WideResNet,
+    "densenet": DenseNet,
+    "deeplab": DeepLabV3,
     "mobilenet_v2": MobileNetV2,
     "plain_cnn": PlainCNN,
     "vit": ViT,
@@ -64,10 +73,18 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
         entries[name] = kw, Spec("resnet", "torchvision", (224, 224), crop_fraction=0.875)
         for stem, (size, mean, std) in small.items():
             entries[f"{name}_{stem}"] = {**kw, "stem": stem}, Spec("resnet", "torchvision", size, mean, std)
+    for stem, (size, mean, std) in small.items():
+        for name, kw in wide_resnet.PRESETS.items():
+            entries[f"{name}_{stem}"] = {**kw, "stem": stem}, Spec("wide_resnet", "flsd", size, mean, std)
+        for name, kw in densenet.PRESETS.items():
+            entries[f"{name}_{stem}"] = kw, Spec("densenet", "flsd", size, mean, std)
+    for name, kw in deeplab.PRESETS.items():
+        entries[name] = kw, Spec("deeplab", "smp", (512, 512), dense=True)
     for name, kw in mobilenet_v2.PRESETS.items():
         entries[name] = kw, Spec("mobilenet_v2", "torchvision", (224, 224), crop_fraction=0.875)
     for name, kw in plain_cnn.PRESETS.items():
-        entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD)
+        dense = kw.get("dense", False)
+        entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD, dense=dense)
     for family, module in (("vit", vit), ("swin", swin)):
         for name, kw in module.PRESETS.items():
             entries[name] = kw, Spec(family, "timm", **module.SPECS[name])

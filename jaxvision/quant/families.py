@@ -25,6 +25,7 @@ class Family:
       needs_norm: the kernel's quantizer drops the scale of the kernel, so that a normalisation or a learned scale of
         the output must follow the layer.
       output_scale: the method learns such a scale.
+      any_sign: inputs that can be negative need no setting.
       weight_settings, activation_settings: static fields, for both ``fit`` and the class itself, that make the class
         the kernel's or the input's.
     """
@@ -33,6 +34,7 @@ class Family:
     activation: type[Trainable]
     needs_norm: bool = False
     output_scale: bool = False
+    any_sign: bool = False
     weight_settings: Mapping[str, Any] = field(default_factory=dict)
     activation_settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,7 +46,9 @@ FAMILIES: dict[str, Family] = {
     "ewgs": Family(EWGSWeight, EWGSActivation, needs_norm=True, output_scale=True),
     "dorefa": Family(DoReFaWeight, DoReFaActivation, needs_norm=True),
     "pact": Family(DoReFaWeight, PACT, needs_norm=True),
-    "affine": Family(Affine, Affine, weight_settings={"symmetric": True}, activation_settings={"symmetric": False}),
+    "affine": Family(
+        Affine, Affine, any_sign=True, weight_settings={"symmetric": True}, activation_settings={"symmetric": False}
+    ),
     "binary": Family(BinaryWeight, BinaryActivation),
 }
 

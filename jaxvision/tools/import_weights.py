@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> None:
     if options.to and options.to.suffix != ".safetensors":
         raise ConfigError(f"--to {options.to} must end in .safetensors")
     name, spec = options.model, zoo.spec(options.model)
+    if options.images and spec.dense:
+        raise ConfigError(f"--images classifies images, but {name} labels their pixels; use --check")
     state = weight_file.load_state_dict(options.source, name, skip_unknown=options.skip_unknown)
     num_classes = options.num_classes
     if num_classes is None:

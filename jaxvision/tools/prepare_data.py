@@ -1,6 +1,10 @@
 """Prepares data sets that you downloaded for :func:`jaxvision.data.open_source`.
 
     python -m jaxvision.tools.prepare_data cifar10 --from cifar-10-python.tar.gz --to data/cifar10
+    python -m jaxvision.tools.prepare_data svhn --from SVHN --to data/svhn
+    python -m jaxvision.tools.prepare_data tiny_imagenet --from tiny-imagenet-200.zip --to data/tiny_imagenet
+    python -m jaxvision.tools.prepare_data cub --from CUB_200_2011.tgz --to data/cub --verify
+    python -m jaxvision.tools.prepare_data voc2012 --from VOCtrainval_11-May-2012.tar --to data/voc2012 --verify
     python -m jaxvision.tools.prepare_data imagenet --from ILSVRC2012 --to data/imagenet --verify
     python -m jaxvision.tools.prepare_data folder --from photos.zip --to data/photos.npz --size 32
 
@@ -36,12 +40,66 @@ def cifar100(parser: argparse.ArgumentParser) -> Run:
 
 def _cifar(parser: argparse.ArgumentParser, kind: str) -> Run:
     _add_paths(parser, "the official archive, or the folder unpacked from it", "the folder to write")
-    parser.add_argument("--allow_other", action="store_true", help="take files that are not the official ones")
+    _add_allow_other(parser)
 
     def run(args: argparse.Namespace) -> str:
         from jaxvision.data.prepare_cifar import prepare_cifar
 
         return _summary(prepare_cifar(kind, args.source, args.target, allow_other=args.allow_other, progress=progress))
+
+    return run
+
+
+def svhn(parser: argparse.ArgumentParser) -> Run:
+    """SVHN from train_32x32.mat, test_32x32.mat (and extra_32x32.mat) to train.npz, test.npz (and extra.npz)."""
+    return _images(parser, "prepare_svhn", "the folder of the .mat files, or one of them")
+
+
+def tiny_imagenet(parser: argparse.ArgumentParser) -> Run:
+    """Tiny-ImageNet from tiny-imagenet-200.zip (or the folder unpacked from it) to train.npz and val.npz."""
+    return _images(parser, "prepare_tiny_imagenet", "the official zip, or the folder unpacked from it")
+
+
+def _images(parser: argparse.ArgumentParser, function: str, source: str) -> Run:
+    _add_paths(parser, source, "the folder to write")
+    _add_allow_other(parser)
+
+    def run(args: argparse.Namespace) -> str:
+        from jaxvision.data import prepare_images
+
+        prepare = getattr(prepare_images, function)
+        return _summary(prepare(args.source, args.target, allow_other=args.allow_other, progress=progress))
+
+    return run
+
+
+def cub(parser: argparse.ArgumentParser) -> Run:
+    """CUB-200-2011 from CUB_200_2011.tgz (or the folder): its images and lists in the official layout; resumes."""
+    return _layout(parser, "CUB")
+
+
+def voc2012(parser: argparse.ArgumentParser) -> Run:
+    """VOC 2012 segmentation from VOCtrainval_11-May-2012.tar (or a folder) in the official layout; resumes.
+
+    SegmentationClassAug and its lists are added by the same command from their folder or archive, with --allow_other.
+    """
+    return _layout(parser, "VOC2012")
+
+
+def _layout(parser: argparse.ArgumentParser, name: str) -> Run:
+    _add_paths(parser, "the official archive, or the folder unpacked from it", "the folder to write")
+    _add_allow_other(parser)
+    parser.add_argument("--verify", action="store_true", help="decode every image")
+
+    def run(args: argparse.Namespace) -> str:
+        from jaxvision.data import prepare_layout
+
+        options = {"allow_other": args.allow_other, "verify": args.verify, "progress": progress}
+        layout = getattr(prepare_layout, name)
+        manifest, copied = prepare_layout.prepare_layout(layout, args.source, args.target, **options)
+        lines = [f"{split}: {count} images" for split, count in manifest["splits"].items()]
+        lines.append(f"{copied.written} files written, {copied.kept} there before, {copied.size} bytes")
+        return "\n".join(lines + (["verified: all images decode"] if args.verify else []))
 
     return run
 
@@ -100,6 +158,10 @@ def imagenet(parser: argparse.ArgumentParser) -> Run:
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "svhn": svhn,
+    "tiny_imagenet": tiny_imagenet,
+    "cub": cub,
+    "voc2012": voc2012,
     "folder": folder,
     "imagenet": imagenet,
 }
@@ -144,6 +206,10 @@ def _add_paths(parser: argparse.ArgumentParser, source: str, target: str, requir
     path = lambda text: Path(text).expanduser()  # noqa: E731
     parser.add_argument("--from", dest="source", type=path, required=required, metavar="PATH", help=source)
     parser.add_argument("--to", dest="target", type=path, required=True, metavar="PATH", help=target)
+
+
+def _add_allow_other(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow_other", action="store_true", help="take files that are not the official ones")
 
 
 def _summary(manifest: dict[str, Any]) -> str:

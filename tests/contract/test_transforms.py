@@ -266,7 +266,7 @@ def as_lists(params, states):
 
 def test_one_and_eight_devices_agree(whole):
     """Integers (codes, counts) exactly, floats to the order in which the norm of the clip is summed."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     devices, sharded = json.loads(done.stdout.splitlines()[-1])

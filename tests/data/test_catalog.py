@@ -89,12 +89,15 @@ def test_mistakes(root):
     assert "'cifar1O' is unknown; did you mean 'cifar10'?" in fault(ConfigError, "cifar1O", path=root)
     assert "use one of digits" in fault(ConfigError, "zzzzzz")
     assert "no option 'sise'; it takes n, size, seed" in fault(ConfigError, "shapes", sise=3)
-    assert "it takes none" in fault(ConfigError, "cifar10", path=root, size=3)
+    assert "it takes none" in fault(ConfigError, "digits16", size=3)
     assert "it takes none" in fault(ConfigError, "tfds:mnist", size=3)
     assert "needs a path" in fault(ConfigError, "imagenet")
     assert "reads no files" in fault(ConfigError, "digits", path=root)
     assert "split='val' is unknown for shapes" in fault(ConfigError, "shapes", split="val")
-    assert {"digits", "digits16", "shapes", "npz", "folder", "cifar10", "cifar100", "imagenet"} <= set(source_names())
+    assert "needs a path" in fault(ConfigError, "voc2012")
+    assert "imbalance=0" in fault(ConfigError, "npz", path=root, imbalance=0)
+    known = "digits digits16 shapes scenes npz folder cifar10 cifar100 svhn tiny_imagenet cub voc2012 imagenet"
+    assert set(known.split()) <= set(source_names())
 
 
 def test_importing_is_light_and_starts_no_backend():

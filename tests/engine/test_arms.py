@@ -49,14 +49,16 @@ def start(key):
     return arms.start_state(lambda key: {"params": {"w": jax.random.normal(key, (2,))}}, SEEDS, key)
 
 
-@pytest.mark.parametrize("how", ["map", "vmap", "unroll"])
+@pytest.mark.parametrize("how", seeds.HOW)
 def test_each_member_trains_as_it_would_alone(how):
     key = jax.random.key(0)
     stage = arms.stage(ARM, SEEDS, [Rows(0.0), Rows(10.0)], {}, how=how)
+    assert stage.compiled == (how != "call")
+    run = jax.jit(stage.step) if stage.compiled else stage.step
     initial = start(key)
     state = jax.jit(stage.begin)(initial, key)
     for index in range(2):
-        state, metrics = jax.jit(stage.step)(state, stage.data.batch_at(index), jax.random.fold_in(key, index))
+        state, metrics = run(state, stage.data.batch_at(index), jax.random.fold_in(key, index))
     assert metrics["size"].count == 8
     for index, member in enumerate(ARM.members(SEEDS)):
         seed, value = SEEDS[member.seed], (0.0, 10.0)[member.seed]

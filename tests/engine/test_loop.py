@@ -231,7 +231,7 @@ def test_one_and_eight_devices_agree(whole, mode, eight_devices):
 
 @pytest.fixture(scope="module")
 def eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     done = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -73,6 +73,9 @@ def test_bit_rules_and_signed_inputs_go_by_the_first_match():
     }  # fmt: skip
     signed = [name for name, layer in found.items() if layer.input.settings.get("signed")]
     assert signed == ["layer2_0/conv1/kernel", "layer2_0/conv2/kernel"]
+    # Asymmetric quantizers take negative inputs as they are.
+    asymmetric = build(family="affine", signed_inputs=("layer2",)).check(IMAGE)
+    assert not any("signed" in layer.input.settings for layer in asymmetric.values())
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,10 @@ def test_the_same_outputs_from_a_transformer():
     name, settings, size = SMALL["deit"]
     images = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
     chosen = LayerQuant(Recipe(LSQ, {"per_channel": True}), Recipe(LSQ), Bits(4, 8))
-    # The rule finds the patch embedding too, which is no product that could be quantized: it stays float.
     network = QuantizedNetwork(zoo.build(name, num_classes=5, **settings), (Rule("kernel$", chosen),))
     variables = trained(network, images)
     integers = integer_network.convert(network, variables, "int4")
-    assert integers["params"]["patch_embed"]["kernel"].dtype == jnp.float32
+    assert integers["params"]["patch_embed"]["kernel"].dtype == jnp.int4
     exact, found = both(network, variables, integers, images)
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
 

@@ -178,6 +178,19 @@ def test_a_normalisation_must_come_before_the_next_product():
         QuantizedNetwork(vit, (Rule("attn/qkv", layer("trs")),)).check(image)
 
 
+@pytest.mark.parametrize("case", ["wide", "densenet", "deeplab"])
+def test_networks_of_calibration_quantize_by_rule(case):
+    """Every convolution is found, dilated ones too, and each has a normalisation behind it, but the classifier's."""
+    name, settings, size = SMALL[case]
+    module = zoo.build(name, num_classes=5, **settings)
+    image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    classifier = {"wide": "^fc/", "densenet": "^linear/", "deeplab": "^segmentation_head_0/"}[case]
+    network = QuantizedNetwork(module, (Rule(classifier, None), Rule("kernel$", layer("trs", Bits(4)))))
+    leaves = trees.named_leaves(zoo.variable_shapes(module, (size, size))["params"])
+    kernels = {leaf for leaf in leaves if leaf.endswith("kernel") and not leaf.startswith(classifier[1:])}
+    assert len(kernels) > 6 and set(network.check(image)) == kernels
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -425,7 +438,7 @@ EXECUTED = {
 def deit(family, bits, **options):
     name, settings, _ = SMALL["deit"]
     module = zoo.build(name, num_classes=5, **settings)
-    return QuantizedNetwork(module, (Rule("^patch_embed|^head", None), Rule("kernel$", layer(family, bits, **options))))
+    return QuantizedNetwork(module, (Rule("^head", None), Rule("kernel$", layer(family, bits, **options))))
 
 
 @pytest.mark.parametrize("case", EXECUTED)

@@ -12,6 +12,7 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.core.types import no_tap
 from jaxvision.models.layers import Conv, max_pool
 from jaxvision.models.resnet import PRESETS, Block, ResNet
+from tests.models import networks
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "alife"
 TINY = {"block": "bottleneck", "stage_sizes": (1, 2, 2, 2), "width": 4}
@@ -26,24 +27,30 @@ def output(module, size, tap=no_tap):
     return jax.eval_shape(lambda v: module.apply(v, image, tap=tap), shapes(module, size))
 
 
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 11_689_512), ("resnet34", 21_797_672)])
+def test_parameter_counts_are_torchvisions(name, count):
+    assert trees.count_parameters(shapes(ResNet(1000, **PRESETS[name]), 64)["params"]) == count
+
+
 @pytest.mark.parametrize(
-    ("name", "settings", "count"),
+    "key",
+    [*(f"{name}_{data}" for name in PRESETS for data in ("cifar_10", "tiny_200")),
+     "resnet50_cifar_100", "resnet101_cifar_100", "resnet50_imagenet_1000", "resnet101_imagenet_1000"],
+)  # fmt: skip
+def test_sizes_are_those_of_the_calibration_networks(key):
+    networks.assert_published(key)
+
+
+@pytest.mark.parametrize(
+    ("case", "block"),
     [
-        ("resnet18", {}, 11_689_512),
-        ("resnet34", {}, 21_797_672),
-        ("resnet50", {}, 25_557_032),
-        ("resnet101", {}, 44_549_160),
-        ("resnet18", {"stem": "cifar", "num_classes": 10}, 11_173_962),
-        ("resnet34", {"stem": "cifar", "num_classes": 10}, 21_282_122),
-        ("resnet50", {"stem": "cifar", "num_classes": 10}, 23_520_842),
-        ("resnet101", {"stem": "cifar", "num_classes": 100}, 42_697_380),
-        ("resnet50", {"stem": "tiny_imagenet", "num_classes": 200}, 25_138_952),
-        ("resnet101", {"stem": "tiny_imagenet", "num_classes": 200}, 44_131_080),
+        ("basic_cifar_stride2", Block("basic", 8, 2)),
+        ("bottleneck_cifar_stride2", Block("bottleneck", 4, 2)),
+        ("bottleneck_cifar_identity", Block("bottleneck", 4)),
     ],
 )
-def test_parameter_counts_are_the_originals(name, settings, count):
-    module = ResNet(**{"num_classes": 1000, **PRESETS[name], **settings})
-    assert trees.count_parameters(shapes(module, 64)["params"]) == count
+def test_blocks_are_those_of_the_calibration_networks(case, block):
+    networks.assert_block(case, block)
 
 
 @pytest.mark.parametrize("case", ["stem_0", "stem_1"])
@@ -191,6 +198,7 @@ def test_initial_values_follow_the_stem():
         ({"strides": (1, 2)}, "strides"),
         ({"replace_stride_with_dilation": (True,)}, "replace_stride_with_dilation"),
         ({"stage_sizes": (1,)}, "stage_sizes"),
+        ({"temp": 0.0}, "temp=0.0"),
     ],
 )
 def test_wrong_settings(settings, message):

@@ -101,6 +101,41 @@ def test_sister_spellings_of_resnets():
         torch_import.convert(name, {**state, "linear.weight": state["fc.weight"]}, variables)
 
 
+def test_deeplab_of_smp_before_2025():
+    """The decoder was an ``nn.Sequential``, its parts numbered."""
+    name, variables = small("deeplab")
+    state = torch_import.export_state_dict(name, variables)
+    assert {"encoder.layer1.0.conv1.weight", "decoder.aspp.convs.4.2.running_var", "decoder.aspp.project.0.weight",
+            "decoder.conv.weight", "decoder.bn.bias", "segmentation_head.0.bias"} <= state.keys()  # fmt: skip
+    old = {"decoder.aspp.": "decoder.0.", "decoder.conv.": "decoder.1.", "decoder.bn.": "decoder.2."}
+    pattern = "|".join(map(re.escape, old))
+    theirs = {re.sub(pattern, lambda match: old[match[0]], key): value for key, value in state.items()}
+    assert len(theirs.keys() - state.keys()) == 6 * 5 + 5
+    assert_equal(torch_import.convert(name, theirs, variables), variables)
+    assert torch_import.classifier_size(name, theirs) == 5
+    _, more = small("deeplab", num_classes=9)
+    with pytest.raises(DataError, match=r"'segmentation_head\.0' has 5 classes, the model deeplabv3_resnet50 9"):
+        torch_import.convert(name, theirs, more)
+
+
+def test_a_classifiers_weights_are_deeplabs_encoder():
+    name, variables = small("deeplab")
+    settings = {key: value for key, value in SMALL["deeplab"][1].items() if key in ("stage_sizes", "width")}
+    shapes = zoo.variable_shapes(zoo.build("resnet50", num_classes=7, **settings), (32, 32))
+    classifier = jax.tree.map(lambda leaf: np.full(leaf.shape, 2.0, np.float32), shapes)
+    state = torch_import.export_state_dict("resnet50", classifier)
+    assert "fc.weight" in state
+    made = torch_import.convert(name, state, variables, keep=("decoder", "segmentation_head"))
+    for collection in ("params", "batch_stats"):
+        assert all(np.all(leaf == 2) for leaf in jax.tree.leaves(made[collection]["encoder"]))
+        assert_equal(made[collection]["decoder"], variables[collection]["decoder"])
+    assert_equal(made["params"]["segmentation_head_0"], variables["params"]["segmentation_head_0"])
+    with pytest.raises(DataError, match=r"37 missing \(segmentation_head|37 missing \(decoder"):
+        torch_import.convert(name, state, variables)
+    with pytest.raises(DataError, match="no classifier"):
+        torch_import.classifier_size(name, state)
+
+
 # --- strictness ----------------------------------------------------------------------------------------------------
 
 

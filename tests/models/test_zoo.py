@@ -16,6 +16,8 @@ from tests.models.networks import quick_jit
         ("resnet20", "cifar_resnet", 269_722 + 90 * 65),
         ("resnet50", "resnet", 25_557_032 - 900 * 2049),
         ("resnet18_tiny_imagenet", "resnet", 11_173_962 - 10 * 513 + 100 * 2049),
+        ("wrn26_10_cifar", "wide_resnet", 36_539_124),
+        ("densenet121_tiny_imagenet", "densenet", 7_151_048 - 100 * 1025),
         ("mobilenet_v2", "mobilenet_v2", 3_504_872 - 900 * 1281),
         ("vit_small_patch16_224", "vit", 22_050_664 - 900 * 385),
         ("deit_tiny_distilled_patch16_224", "vit", 5_910_800 - 2 * 900 * 193),
@@ -43,7 +45,8 @@ def test_every_entry_is_complete_and_builds():
         assert len(info.mean) == len(info.std) == 3 and len(info.input_size) == 2
         assert 0.8 < info.crop_fraction <= 1
         assert info.interpolation in ("bilinear", "bicubic")
-        assert info.naming in ("akamaster", "torchvision", "timm")
+        assert info.naming in ("akamaster", "torchvision", "timm", "flsd", "smp")
+        assert info.dense == (info.family == "deeplab")
 
 
 def test_preprocessing_of_the_published_weights():

@@ -124,6 +124,7 @@ def test_check_images_and_file(tmp_path, capsys, weights):
         (("--check",), "--model"),
         (("--model", "resnet20", "--check", "--num_classes", "ten"), "invalid int value"),
         (("--model", "resnet20", "--images", "absent.npz"), "absent.npz can't be read"),
+        (("--model", "deeplabv3_resnet50", "--images", "x.npz"), "deeplabv3_resnet50 labels their pixels"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_64(capsys, weights, arguments, message):

@@ -49,7 +49,7 @@ def errors(cells: Sequence["Cell"], path: Path) -> None:
     """E(G) and E(G_L) of each layer, one line an arm."""
     layers = list(cells[0].layers["error"])
     colour = colours([cell.label for cell in cells])
-    canvas = Figure(figsize=(11, 4.2), layout="constrained")
+    canvas = Figure(figsize=(12.5, 4.2), layout="constrained")
     panels = canvas.subplots(1, 2)
     for axes, name, title in zip(panels, ("error", "large_error"), ("E(G): all gradients", "E(G_L): large gradients")):
         for cell in cells:
@@ -58,7 +58,7 @@ def errors(cells: Sequence["Cell"], path: Path) -> None:
         axes.set(title=title, yscale="log", ylabel="mean |Q(g) - g| / gmax")
         axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
         axes.grid(alpha=0.3)
-    panels[-1].legend(fontsize=7)
+    canvas.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     canvas.savefig(path, dpi=120)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine import arms, recipes
+from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import Batch, EvalData, Stage, State, Task
 from jaxvision.methods.lbt import control, networks, report
 from jaxvision.methods.lbt.control import Control
@@ -155,7 +156,7 @@ def _choices(config: Config, steps_per_epoch: int) -> Choices:
         "piecewise": control.piecewise(),
         "lbt": control.lbt(alphas, block.beta, block.start, freeze),
     }
-    first_last, how = config.one_of("first_last", networks.FIRST_LAST), config.one_of("how", ("map", "vmap", "unroll"))
+    first_last, how = config.one_of("first_last", networks.FIRST_LAST), config.one_of("how", HOW)
     start_images = block.positive("start_images", zero=True)
     return Choices(seeds, names, bits, rates, controls, alphas, first_last, start_images, how)
 

@@ -48,9 +48,9 @@ def step_size(run: Run, results: Results, chosen: Sequence[Chosen], path: Path) 
         initial = way.grid["lr"][chosen[index].index]
         for name in _some(layers(run, index)) if trainer.variant.scheduled else ():
             axes.plot(*_series(run, results, chosen, index, f"step_size/{name}"), lw=1, label=name)
-        steps = np.arange(way.steps)
-        shape = initial * np.asarray([float(trainer.recipe.shape(step)) for step in steps[:: max(way.steps // 200, 1)]])
-        axes.plot(steps[:: max(way.steps // 200, 1)], shape, color="black", ls="--", lw=1, label="plain LR")
+        steps = range(0, way.steps, max(way.steps // 200, 1))
+        plain = [initial * float(trainer.recipe.shape(step)) for step in steps]
+        axes.plot(steps, plain, color="black", ls="--", lw=1, label="plain LR")
         axes.set(title=f"{way.name}, initial {initial:g}", xlabel="step", ylabel="step size U", yscale="log")
         axes.set_ylim(initial * 1e-3, None)
         axes.legend(fontsize=7)

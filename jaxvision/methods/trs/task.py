@@ -16,6 +16,7 @@ from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine import arms, recipes, supervised
 from jaxvision.engine.quantization import build_network
+from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import State, Task
 from jaxvision.methods.trs import optimizers, report, training, variants, weights
 from jaxvision.methods.trs.outcome import Run
@@ -56,7 +57,7 @@ def make(config: Config) -> Task:
         [data.train.with_seed(seed) for seed in seeds],
         {**validation, "test": data.eval},
         every=every,
-        how=config.one_of("how", ("map", "vmap", "unroll")),
+        how=config.one_of("how", HOW),
     )
     title = f"{model.name} on {config.data.source}"
     run = Run(title, seeds, trainers, ways, bool(pretraining), config.export, model, data)

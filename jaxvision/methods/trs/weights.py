@@ -12,7 +12,7 @@ import numpy as np
 from jaxvision.core import trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
-from jaxvision.engine import arms
+from jaxvision.engine import arms, parallel
 from jaxvision.engine.recipes import Data, Model, build_model
 from jaxvision.engine.task import State
 from jaxvision.methods.trs.training import Trainer
@@ -110,7 +110,7 @@ class Start:
             variables = load_quantized(path, quantized, trainers, model)
             return cls(path, trainers[0].fresh, lambda: variables, trainers, seeds)
         # What init_keep keeps fresh is drawn from the first seed.
-        read = lambda: model.load(jax.jit(model.init)(jax.random.key(seeds[0])))  # noqa: E731
+        read = lambda: model.load(_fresh(model, seeds[0]))  # noqa: E731
         return cls(path, model.init, None if model.pretrained is None else read, trainers, seeds)
 
     def init(self, key: Any) -> State:
@@ -125,6 +125,14 @@ class Start:
         return state.replace(extra={**state.extra, arms.START: stacked})
 
 
+def _fresh(model: Model, seed: int) -> Any:
+    """A float network's variables before training; where the file replaces them all, their shapes do."""
+    key = jax.random.key(seed)
+    if not model.kept:
+        return jax.eval_shape(model.init, key)
+    return jax.jit(model.init, compiler_options=parallel.compiler_options(0))(key)
+
+
 def check_scales(variables: Any, trainers: tuple[Trainer, ...], path: str) -> None:
     """Raises ConfigError where an arm's quantizers would start with a scale of 0, or one that isn't finite.
 
@@ -134,7 +142,8 @@ def check_scales(variables: Any, trainers: tuple[Trainer, ...], path: str) -> No
       path: for the message.
     """
     for trainer in {trainer.variant.family: trainer for trainer in trainers}.values():
-        params = jax.jit(trainer.quantized)(variables, jax.random.key(0))["params"]
+        fitted = jax.jit(trainer.quantized, compiler_options=parallel.compiler_options(0))
+        params = fitted(variables, jax.random.key(0))["params"]
         for name, value in trees.named_leaves(params).items():
             leaf = name.rpartition("/")[-1]
             if leaf in SCALES and not (np.isfinite(value) & (value != 0)).all():

@@ -234,7 +234,7 @@ def test_the_report_takes_each_entry_at_the_rate_that_held_out_images_choose(tmp
     ]
     assert "500 test images" in table.caption and "100 held-out images" in table.caption
     assert [row[0] for row in gradients.rows] == ["4-bit, LBT alpha 0.2", "2-bit, LBT alpha 0.2"]
-    assert gradients.rows[0][4:] == ("667", "0.1000", "0.100")
+    assert gradients.rows[0][4:] == ("13333", "0.1000", "0.100")
     assert found.summary["LBT alpha 0.2/G4/accuracy"] == pytest.approx(0.6)
     assert [figure.name for figure in found.figures] == ["loss", "errors", "accuracy", "gamma"]
     for figure in found.figures:
