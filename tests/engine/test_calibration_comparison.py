@@ -100,7 +100,7 @@ PIXELS = {
 
 def test_pixels_are_measured_without_those_that_dont_count(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "open_source", lambda name, path, split: Pixels(split))
-    values = {}
+    values, ious = {}, []
     for ignored, held in (((), True), ((), False), ((0,), True)):
         if not held:
             monkeypatch.setattr(calibration_outcome, "HELD", 0)
@@ -108,11 +108,39 @@ def test_pixels_are_measured_without_those_that_dont_count(tmp_path, monkeypatch
         report = built.report(untrained(built, tmp_path))
         assert report.tables[0].caption.startswith(f"{180 if ignored else 360} test pixels, 15 bins")
         assert len(report.tables[0].columns) == 7
+        assert report.tables[1].columns == ("loss", "mIoU %", "mean Dice %", "mean accuracy %")
+        ious.append(report.summary["acls(margin=0.1)/mean_iou"])
         values[ignored, held] = report.summary
         monkeypatch.undo()
         monkeypatch.setattr(datasets, "open_source", lambda name, path, split: Pixels(split))
     assert values[(), True] == pytest.approx(values[(), False])
     assert values[(), True] != values[(0,), True]
+    assert ious == pytest.approx([ious[0]] * 3)  # mIoU looks at the background all the same
+
+
+def test_crl_gets_the_numbers_of_the_training_examples():
+    built = task(arms=("crl",))
+    batch = built.stages[0].data.batch_at(0)
+    assert batch["index"].shape == (64, 2) and batch["index"].max() < 512
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(built.stages[0].begin, jax.eval_shape(built.init, key), key)
+    assert state.extra["history"].correct_count.shape == (2, 512)
+
+
+def test_beside_calibration(tmp_path):
+    """Groups of classes, and other images told from these: noise where the test images are digits without."""
+    ood = {"source": "digits", "path": "", "split": "test", "options": {"noise": 1.0}}
+    built = task(arms=("ce",), long_tail_groups=True, ood=ood, data__options={"num_train": 640, "noise": 0.0})
+    report = built.report(untrained(built, tmp_path))
+    assert report.tables[1].columns[:4] == ("loss", "head %", "medium %", "tail %")
+    numbers = json.loads(report.files["calibration.json"])["ce"][0]
+    report.files["logits_ce.npz"](tmp_path / "logits.npz")
+    saved = np.load(tmp_path / "logits.npz")
+    right = saved["logits"].argmax(-1) == saved["labels"]
+    head = np.mean([right[saved["labels"] == label].mean() for label in range(3)])
+    assert numbers["head"] == pytest.approx(head)
+    assert 0 <= numbers["auroc_entropy"] <= 1 and numbers["auroc_confidence"] != numbers["auroc_entropy"]
+    assert report.summary["ce/tail"] > 0 and "digits" in report.tables[1].caption
 
 
 def test_pretrained_weights_start_every_seed(tmp_path):
@@ -138,7 +166,6 @@ def test_pretrained_weights_start_every_seed(tmp_path):
         ({"arms": ("ce", " ce ")}, "must be at least one arm, each once"),
         ({"arms": ("cee",)}, "loss='cee' is unknown; did you mean 'ce'"),
         ({"losses__acls__margin": -1.0, "arms": ("acls",)}, r"margin=-1.0 must be at least 0"),
-        ({"arms": ("crl",)}, "config.arms has 'crl', which needs the number of each training example"),
         ({"data__validation_size": 0}, "validation_size is 0, but each loss's temperature is fitted on a validation"),
         ({"data__validation_size": 1}, "there are 1 validation and 1157 test images .*at least 2 of each"),
         ({"epochs": 0.0}, "config.epochs=0.0 must be a number above 0"),
