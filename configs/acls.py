@@ -8,11 +8,14 @@
         a few thousand real images
     python -m jaxvision.main --config=configs/acls.py:cifar10_resnet50 --config.data.path=DIR
         the paper's recipe; DIR holds train.npz and test.npz
+    python -m jaxvision.main --config=configs/acls.py:shapes_segmentation
+        pixels instead of images: drawn scenes, borders without a label
     python -m jaxvision.main --config=configs/acls.py --config.arms="('ce','my_package.my_module:my_loss(strength=2)')"
         a loss of one's own: a function (logits, labels, *, where=None, strength=1.0) that returns one number
 
-Presets: ``smoke`` (seconds), ``clean_digits``, ``cifar10_subset``, ``cifar10_resnet{50,101}``, ``imagenet_resnet50``.
-Fields: ``configs/calibration.py``.
+Presets: ``smoke`` (seconds), ``clean_digits``, ``shapes_segmentation``, ``cifar10_subset``,
+``{cifar10,tiny_imagenet}_resnet{50,101}``, ``imagenet_resnet50``, ``cub_resnet50``, ``voc_deeplabv3``. Fields:
+``configs/calibration.py``.
 """
 
 from ml_collections import ConfigDict
@@ -28,9 +31,17 @@ ARMS = (
     "acls(margin=(4,6,8,10))",
     "acls(margin=10,reference=min)",
 )
+CLEAN_ARMS = ("ce", "mbls", "acls(margin=(6,10))")
 PAPER_ARMS = ("ce", "mbls", "acls")
 CIFAR = {f"cifar10_resnet{depth}": f"resnet{depth}_cifar" for depth in (50, 101)}
-PRESETS = ("smoke", "clean_digits", "cifar10_subset", *CIFAR, "imagenet_resnet50")
+TINY = {f"tiny_imagenet_resnet{depth}": f"resnet{depth}_tiny_imagenet" for depth in (50, 101)}
+OTHERS = {
+    "shapes_segmentation": calibration.scenes,
+    "imagenet_resnet50": calibration.imagenet,
+    "cub_resnet50": calibration.cub,
+    "voc_deeplabv3": calibration.voc,
+}
+PRESETS = ("smoke", "clean_digits", "cifar10_subset", *CIFAR, *TINY, *OTHERS)
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -40,13 +51,15 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "smoke":
         return smoke()
     if preset == "clean_digits":
-        return common.finish(calibration.digits("acls", ARMS, noise=0.0))
+        return common.finish(calibration.digits("acls", CLEAN_ARMS, noise=0.0))
     if preset == "cifar10_subset":
         return common.finish(calibration.cifar10_subset("acls", ("ce", "mbls", "mixup", "acls")))
     if preset in CIFAR:
         return common.finish(calibration.cifar("acls", PAPER_ARMS, CIFAR[preset]))
-    if preset == "imagenet_resnet50":
-        return common.finish(calibration.imagenet("acls", PAPER_ARMS))
+    if preset in TINY:
+        return common.finish(calibration.tiny_imagenet("acls", PAPER_ARMS, TINY[preset]))
+    if preset in OTHERS:
+        return common.finish(OTHERS[preset]("acls", PAPER_ARMS))
     raise common.unknown_preset(preset, PRESETS)
 
 

@@ -15,6 +15,9 @@ Fields beside those of ``configs/common.py``:
                 (the NLL's minimum), "grid_nll" or "grid_ece" (the papers' 0.1, 0.2, ... 10)
     ignore_labels   pixels of these labels are trained on but not measured; (0,) is the official protocol of VOC
     save_logits write logits_<arm>.npz, which jaxvision.tools.calibration reads
+    long_tail_groups    report the accuracies of head, medium and tail classes
+    ood         source, path, split and options of out-of-distribution images, which the networks' confidence should
+                tell from the test images ("": none)
     how         trainings of an arm: "map" one after the other, "vmap" at once, "unroll" written out (engine/seeds.py),
                 "call" one program called for each member (one device)
 """
@@ -31,7 +34,7 @@ NOISE = 0.35
 def base(
     method: str, arms: tuple[str, ...], data: ConfigDict, model: ConfigDict, optimizer: ConfigDict, **engine
 ) -> ConfigDict:
-    """All fields; losses with the numbers published for the data set."""
+    """All fields; losses with the numbers published for the data set, where there are such."""
     config = common.engine(**engine)
     config.method = method
     config.seeds = (0,)
@@ -42,7 +45,8 @@ def base(
     config.num_bins, config.simulations = 15, 200
     config.temperature = "exact"
     config.ignore_labels = ()
-    config.save_logits = True
+    config.save_logits, config.long_tail_groups = True, False
+    config.ood = ConfigDict({"source": "", "path": "", "split": "test", "options": {}})
     config.how = "map"
     return config
 
@@ -108,20 +112,119 @@ def cifar10_subset(method: str, arms: tuple[str, ...]) -> ConfigDict:
 
 
 def cifar(method: str, arms: tuple[str, ...], network: str, num_classes: int = 10) -> ConfigDict:
-    """200 epochs, rate 0.1 divided by 10 after 80 and 120; 5,000 training images to fit on; temperatures by the grid.
+    """200 epochs, rate 0.1 divided by 10 after 80 and 120; the published split; temperatures by the grid.
 
-    The official code tests the network of the best validation accuracy; here it is that of the last step.
+    The official code tests the network of the best validation accuracy; here it is that of the last step. It drops the
+    last, smaller batch of CIFAR-10 and keeps that of CIFAR-100; here batches have one size.
     """
+    split = {"validation_size": 5000, "validation_rule": "shuffle", "validation_seed": 1}
     config = base(
         method,
         arms,
-        common.cifar(num_classes, batch_size=128, eval_batch_size=500, validation_size=5000, **CIFAR_STATISTICS),
+        common.cifar(num_classes, batch_size=128, eval_batch_size=500, **split, **CIFAR_STATISTICS),
         common.model(network),
         sgd((80.0, 120.0)),
         log_every=100,
         save_every=3510,
     )
     config.temperature = "grid_ece"
+    return config
+
+
+def cifar_long_tail(method: str, arms: tuple[str, ...], num_classes: int, imbalance: float) -> ConfigDict:
+    """The recipe of CIFAR for ResNet-32 on long-tailed CIFAR with class-aware sampling, for all losses alike.
+
+    The official code fits the temperature on the test images; here on 1,000 of the training images, which are
+    long-tailed as these are.
+    """
+    config = cifar(method, arms, "resnet32", num_classes)
+    options = {"batch_size": 128, "eval_batch_size": 500, "validation_size": 1000, **CIFAR_STATISTICS}
+    config.data = common.cifar_long_tail(num_classes, imbalance, **options)
+    config.long_tail_groups = True
+    return config
+
+
+def tiny_imagenet(method: str, arms: tuple[str, ...], network: str) -> ConfigDict:
+    """100 epochs, rate 0.1 divided by 10 after 40 and 60, batches of 64; the split of ACLS."""
+    config = base(
+        method,
+        arms,
+        common.tiny_imagenet(batch_size=64, eval_batch_size=250),
+        common.model(network),
+        sgd((40.0, 60.0)),
+        log_every=100,
+        save_every=7030,
+    )
+    config.epochs = 100.0
+    config.temperature = "grid_ece"
+    return config
+
+
+def cub(method: str, arms: tuple[str, ...]) -> ConfigDict:
+    """CUB-200-2011 with batches of 32, as in the configuration of MbLS and RankMixup; the epochs are ours.
+
+    It validates on the test images; here 594 training images are held out to fit on.
+    """
+    config = base(
+        method,
+        arms,
+        common.cub(batch_size=32, eval_batch_size=64, validation_size=594),
+        common.model("resnet50"),
+        sgd((40.0, 80.0), lr=0.01),
+        log_every=50,
+        save_every=1680,
+    )
+    config.epochs = 100.0
+    config.temperature = "grid_ece"
+    return config
+
+
+def voc(method: str, arms: tuple[str, ...]) -> ConfigDict:
+    """DeepLabV3-ResNet-50 on VOC 2012 segmentation; background pixels aren't measured, as in the official code.
+
+    It starts from ImageNet weights of a ResNet-50: ``model.init_from`` a torchvision file, ``model.init_keep``
+    ``('decoder', 'segmentation_head')``. Rates and epochs are second-hand. 293 of the 1,464 training images are held
+    out to fit on, as CALS does; the official code fits on what it reports. It averages the errors of batches of 8; here
+    they are those of all pixels.
+    """
+    config = base(
+        method,
+        arms,
+        common.voc(batch_size=8, eval_batch_size=8, validation_size=293),
+        common.model("deeplabv3_resnet50"),
+        sgd((40.0, 80.0), lr=0.01),
+        log_every=20,
+        save_every=730,
+    )
+    config.epochs = 100.0
+    config.temperature = "grid_nll"
+    config.ignore_labels = (0,)
+    return config
+
+
+def scenes(method: str, arms: tuple[str, ...]) -> ConfigDict:
+    """Segmentation of drawn scenes of 32 x 32 pixels, seven classes, borders without a label; a dense network."""
+    config = base(
+        method,
+        arms,
+        common.data(
+            "scenes",
+            options={"size": 32},
+            augment={"flip": True},
+            train_size=256,
+            validation_size=100,
+            batch_size=16,
+            eval_batch_size=50,
+        ),
+        common.model("plain_cnn_dense", settings={"features": (8, 16, 16, 16)}),
+        sgd((8.0, 12.0)),
+        log_every=16,
+        save_every=320,
+    )
+    config.seeds = (0, 1, 2)
+    config.epochs, config.eval_every_epochs = 20.0, 0.0
+    config.save_logits = False
+    config.how = "call"
     return config
 
 

@@ -8,8 +8,12 @@
     python -m jaxvision.main --config=configs/rankmixup.py:cifar100_resnet50 --config.data.path=DIR
         the paper's recipe; DIR holds train.npz and test.npz
 
-Presets: ``smoke`` (seconds), ``clean_digits``, ``cifar10_subset``, ``{cifar10,cifar100}_resnet{50,101}``,
-``imagenet_resnet50``. Fields: ``configs/calibration.py``.
+    ... --config.ood.source=svhn --config.ood.path=DIR
+        besides, how well each network's confidence tells SVHN from the test images
+
+Presets: ``smoke`` (seconds), ``clean_digits``, ``cifar10_subset``,
+``{cifar10,cifar100,tiny_imagenet}_{resnet50,resnet101,wrn26_10}``, ``{cifar10,cifar100}_lt_resnet32`` (long-tailed),
+``imagenet_resnet50``, ``cub_resnet50``. Fields: ``configs/calibration.py``.
 """
 
 from ml_collections import ConfigDict
@@ -19,10 +23,13 @@ from configs import calibration, common
 ARMS = ("ce", "mbls", "mixup", "mrl(weight=(0,0.1,0.3))", "mndcg(weight=(0,0.1,1))")
 SHORT_ARMS = ("ce", "mixup", "mrl(weight=(0,0.1))", "mndcg(weight=(0,0.1))")
 PAPER_ARMS = ("ce", "mbls", "mixup", "mrl", "mndcg")
-CIFAR = {
-    f"cifar{classes}_resnet{depth}": (f"resnet{depth}_cifar", classes) for classes in (10, 100) for depth in (50, 101)
-}
-PRESETS = ("smoke", "clean_digits", "cifar10_subset", *CIFAR, "imagenet_resnet50")
+NETWORKS = ("resnet50", "resnet101", "wrn26_10")
+CIFAR = {f"cifar{classes}_{name}": (f"{name}_cifar", classes) for classes in (10, 100) for name in NETWORKS}
+LONG_TAIL = {"cifar10_lt_resnet32": (10, 0.1), "cifar100_lt_resnet32": (100, 0.01)}
+TINY = {f"tiny_imagenet_{name}": f"{name}_tiny_imagenet" for name in NETWORKS}
+PRESETS = (
+    "smoke", "clean_digits", "cifar10_subset", *CIFAR, *LONG_TAIL, *TINY, "imagenet_resnet50", "cub_resnet50",
+)  # fmt: skip
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -32,13 +39,19 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "smoke":
         return smoke()
     if preset == "clean_digits":
-        return common.finish(calibration.digits("rankmixup", ARMS, noise=0.0))
+        return common.finish(calibration.digits("rankmixup", SHORT_ARMS, noise=0.0))
     if preset == "cifar10_subset":
         return common.finish(calibration.cifar10_subset("rankmixup", SHORT_ARMS))
     if preset in CIFAR:
         return common.finish(calibration.cifar("rankmixup", PAPER_ARMS, *CIFAR[preset]))
+    if preset in LONG_TAIL:
+        return common.finish(calibration.cifar_long_tail("rankmixup", PAPER_ARMS, *LONG_TAIL[preset]))
+    if preset in TINY:
+        return common.finish(calibration.tiny_imagenet("rankmixup", PAPER_ARMS, TINY[preset]))
     if preset == "imagenet_resnet50":
         return imagenet()
+    if preset == "cub_resnet50":
+        return common.finish(calibration.cub("rankmixup", PAPER_ARMS))
     raise common.unknown_preset(preset, PRESETS)
 
 

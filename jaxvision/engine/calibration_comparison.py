@@ -13,14 +13,17 @@ import numpy as np
 
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
+from jaxvision.data import EvalBatches
 from jaxvision.data.transforms import IGNORE
 from jaxvision.engine import arms, calibration_arms, calibration_names, calibration_table, recipes
 from jaxvision.engine.calibration_arms import Monitor, Trainer
 from jaxvision.engine.calibration_names import Recipe
 from jaxvision.engine.calibration_outcome import Addition, Measuring, Run
+from jaxvision.engine.datasets import other_evaluation
 from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import Batch, State, Task
 from jaxvision.metrics.calibration_scaling import METHODS
+from jaxvision.metrics.long_tail import groups_by_rank
 from jaxvision.models import zoo
 from jaxvision.optim import schedules
 
@@ -41,8 +44,8 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
     """
     seeds = arms.check_seeds(config.seeds)
     chosen = _recipes(config)
-    remembers = any(recipe.spec.needs == "history" for recipe in chosen)
-    data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name), index=remembers)
+    index = any(recipe.spec.needs == "history" for recipe in chosen)
+    data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name), index=index)
     model = recipes.build_model(config.model, data)
     outputs = jax.eval_shape(lambda: model.module.init_with_output(jax.random.key(0), model.image)[0]).shape[1:]
     measuring = _measuring(config, data, dense=len(outputs) > 1)
@@ -77,7 +80,8 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
         every=every,
         how=config.one_of("how", HOW),
     )
-    run = Run(f"{title}: {model.name} on {config.data.source}", seeds, trainers, ways, model, data, measuring)
+    title = f"{title}: {model.name} on {config.data.source}"
+    run = Run(title, seeds, trainers, ways, model, data, measuring, _unknown(config, data))
     init = functools.partial(arms.start_state, model.init, seeds)
     # Shaping the state finds what the parameters' names and shapes can tell.
     jax.eval_shape(stages[0].begin, jax.eval_shape(init, _key()), _key())
@@ -97,6 +101,13 @@ def _load(model: recipes.Model, count: int, state: State) -> State:
     return state.replace(extra={**state.extra, arms.START: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)})
 
 
+def _unknown(config: Config, data: recipes.Data) -> dict[str, EvalBatches]:
+    """The block ``ood``: name -> out-of-distribution images."""
+    block = config.ood
+    name, _ = block.source, (block.path, block.split, block.options.to_dict())
+    return {name: other_evaluation(block, data, data.eval.batch_size)} if name else {}
+
+
 def _recipes(config: Config) -> tuple[Recipe, ...]:
     configured = calibration_names.read_losses(config.losses.to_dict())
     names = tuple(config.arms)
@@ -114,6 +125,7 @@ def _measuring(config: Config, data: recipes.Data, *, dense: bool) -> Measuring:
         temperature=config.one_of("temperature", METHODS),
         ignore=tuple(config.ignore_labels),
         save_logits=config.one_of("save_logits", (True, False)),
+        groups=groups_by_rank(data.num_classes) if config.one_of("long_tail_groups", (True, False)) else (),
     )
     if not dense and measuring.ignore:
         raise ConfigError(

@@ -1,21 +1,23 @@
 """What became of the arms of a comparison: each network's predictions, its temperature, its calibration."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxvision.data import EvalBatches
 from jaxvision.data.transforms import IGNORE
-from jaxvision.engine import arms, recipes
+from jaxvision.engine import arms, calibration_extras, recipes
 from jaxvision.engine.calibration_arms import Trainer
 from jaxvision.engine.calibration_report import Assessment, assess
 from jaxvision.engine.report import Figure, Results, Table
 from jaxvision.engine.seeds import member
 from jaxvision.metrics.calibration_rows import Block, Rows, checked
 from jaxvision.metrics.calibration_scaling import Temperature, fit_temperature
+from jaxvision.metrics.long_tail import Groups
 
 HELD = 1 << 27
 """Numbers of logits that are kept in memory (512 MiB); beyond, they are predicted again whenever they are read."""
@@ -31,6 +33,7 @@ class Measuring:
       temperature: a method of ``fit_temperature``.
       ignore: labels of pixels that are trained on but not measured, such as the background.
       save_logits: whether each arm's logits are written.
+      groups: of classes whose accuracies are reported, such as head, medium and tail.
     """
 
     num_bins: int
@@ -38,6 +41,7 @@ class Measuring:
     temperature: str
     ignore: tuple[int, ...]
     save_logits: bool
+    groups: Groups = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Run:
       trainers, ways: the arms, in order, and as the engine ran them.
       model, data: of the run.
       measuring: see there.
+      unknown: name -> out-of-distribution images; at most one.
     """
 
     title: str
@@ -59,6 +64,7 @@ class Run:
     model: recipes.Model
     data: recipes.Data
     measuring: Measuring
+    unknown: Mapping[str, EvalBatches] = field(default_factory=dict)
 
     @property
     def dense(self) -> bool:
@@ -80,6 +86,7 @@ class Trained:
       validation, test: its logits and the labels.
       temperature: fitted on the validation rows.
       before, after: the test rows measured as they are, and at that temperature.
+      extras: what is reported beside calibration, by name.
     """
 
     variables: Any
@@ -88,6 +95,7 @@ class Trained:
     temperature: Temperature
     before: Assessment
     after: Assessment
+    extras: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,35 +158,40 @@ def rows(run: Run, results: Results) -> list[Row]:
 
 
 def _trained(run: Run, variables: Any) -> Trained:
-    on_device = jax.device_put(variables)
-    validation, test = (_predictions(run, on_device, name) for name in ("validation", "test"))
+    predictions = functools.partial(_predictions, run, jax.device_put(variables))
+    ignored = (IGNORE, *run.measuring.ignore) if run.dense else ()
+    validation = predictions(run.data.validation, "the logits of the validation images", ignored)
+    test = predictions(run.data.eval, "the logits of the test images", ignored)
     chosen = run.measuring
     temperature = fit_temperature(validation, test, method=chosen.temperature, num_bins=chosen.num_bins)
     options: dict[str, Any] = {"num_bins": chosen.num_bins, "simulations": chosen.simulations}
     before, after = assess(test, **options), assess(test, temperature.scaling, **options)
-    return Trained(variables, validation, test, temperature, before, after)
+    extras = calibration_extras.of_groups(test, chosen.groups)
+    if run.dense:
+        everywhere = predictions(run.data.eval, test.name, (IGNORE,)) if chosen.ignore else test
+        extras |= calibration_extras.of_pixels(everywhere)
+    for name, data in run.unknown.items():
+        extras |= calibration_extras.of_unknown(test, predictions(data, f"the logits of {name}"), temperature.scaling)
+    return Trained(variables, validation, test, temperature, before, after, extras)
 
 
-def _predictions(run: Run, variables: Any, name: str) -> Rows:
-    data = run.data.eval if name == "test" else run.data.validation
+def _predictions(run: Run, variables: Any, data: EvalBatches, title: str, ignored: tuple[int, ...] = ()) -> Rows:
+    """A network's logits, in memory where they fit; the labels of unknown images are 0."""
+    known = data not in run.unknown.values()
 
     def blocks() -> Iterator[Block]:
         for index in range(data.num_batches):
             batch = data.batch_at(index)
             real = batch["mask"] > 0
-            labels = batch["label_map"] if run.dense else batch["label"]
             logits = np.asarray(run.predict(variables, batch["image"]))[real]
-            yield logits.reshape(-1, logits.shape[-1]), labels[real].reshape(-1)
+            labels = batch["label_map" if run.dense else "label"][real] if known else np.zeros(len(logits), np.int64)
+            yield logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
 
-    classes, title = run.trainers[0].outputs[-1], f"the logits of the {name} images"
-    if data.num_examples * int(np.prod(run.trainers[0].outputs)) <= HELD:
+    outputs = run.trainers[0].outputs
+    if data.num_examples * int(np.prod(outputs)) <= HELD:
         logits, labels = (np.concatenate(parts) for parts in zip(*blocks()))
-        return Rows.of(logits, labels, ignore=_ignored(run), name=title)
-    return Rows(checked(blocks, classes, _ignored(run), title), classes, title)
-
-
-def _ignored(run: Run) -> tuple[int, ...]:
-    return (IGNORE, *run.measuring.ignore) if run.dense else ()
+        return Rows.of(logits, labels, ignore=ignored, name=title)
+    return Rows(checked(blocks, outputs[-1], ignored, title), outputs[-1], title)
 
 
 def arrays(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxvision.engine import calibration_report
+from jaxvision.engine import calibration_extras, calibration_report
 from jaxvision.engine.arms import spread
 from jaxvision.engine.calibration_outcome import Addition, Row, Run, Trained, arrays, rows
 from jaxvision.engine.report import Figure, Report, Results, Table
@@ -27,11 +27,16 @@ def make(run: Run, addition: Addition, results: Results) -> Report:
             summary[f"{row.label}/{name}"] = float(row.values(name).mean())
         summary[f"{row.label}/ece_scaled"] = float(row.values("ece", scaled=True).mean())
         summary[f"{row.label}/temperature"] = float(row.temperatures.mean())
+        for name in row.seeds[0].extras:
+            summary[f"{row.label}/{name}"] = float(np.mean([network.extras[name] for network in row.seeds]))
     numbers = {row.label: [_as_json(seed, network) for seed, network in zip(run.seeds, row.seeds)] for row in found}
     files: dict[str, Any] = {"calibration.json": json.dumps(numbers, indent=2, allow_nan=False) + "\n"}
     if run.measuring.save_logits:
         files |= {f"logits_{_file_name(row.label)}.npz": functools.partial(_save_logits, row) for row in found}
-    tables = (_table(run, found), *added.tables)
+    extra = calibration_extras.table(
+        {row.label: [network.extras for network in row.seeds] for row in found}, "".join(run.unknown)
+    )
+    tables = (_table(run, found), *([extra] if extra else []), *added.tables)
     figures = (*_figures(run, found), *added.figures)
     notes = (*_notes(run, found), *added.notes)
     return Report(run.title, tables, figures, {**summary, **added.summary}, notes, files)
@@ -43,6 +48,7 @@ def _as_json(seed: int, network: Trained) -> dict[str, Any]:
         "seed": seed,
         "temperature": {"value": fitted.value, "method": fitted.method, "at_bound": fitted.at_bound},
         "validation_nll": fitted.nll_before,
+        **network.extras,
         "before": calibration_report.as_json(network.before),
         "after": calibration_report.as_json(network.after),
     }

@@ -83,7 +83,8 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
     for name, kw in mobilenet_v2.PRESETS.items():
         entries[name] = kw, Spec("mobilenet_v2", "torchvision", (224, 224), crop_fraction=0.875)
     for name, kw in plain_cnn.PRESETS.items():
-        entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD)
+        dense = kw.get("dense", False)
+        entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD, dense=dense)
     for family, module in (("vit", vit), ("swin", swin)):
         for name, kw in module.PRESETS.items():
             entries[name] = kw, Spec(family, "timm", **module.SPECS[name])

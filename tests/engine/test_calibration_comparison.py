@@ -100,7 +100,7 @@ PIXELS = {
 
 def test_pixels_are_measured_without_those_that_dont_count(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "open_source", lambda name, path, split: Pixels(split))
-    values = {}
+    values, ious = {}, []
     for ignored, held in (((), True), ((), False), ((0,), True)):
         if not held:
             monkeypatch.setattr(calibration_outcome, "HELD", 0)
@@ -108,11 +108,30 @@ def test_pixels_are_measured_without_those_that_dont_count(tmp_path, monkeypatch
         report = built.report(untrained(built, tmp_path))
         assert report.tables[0].caption.startswith(f"{180 if ignored else 360} test pixels, 15 bins")
         assert len(report.tables[0].columns) == 7
+        assert report.tables[1].columns == ("loss", "mIoU %", "mean Dice %", "mean accuracy %")
+        ious.append(report.summary["acls(margin=0.1)/mean_iou"])
         values[ignored, held] = report.summary
         monkeypatch.undo()
         monkeypatch.setattr(datasets, "open_source", lambda name, path, split: Pixels(split))
     assert values[(), True] == pytest.approx(values[(), False])
     assert values[(), True] != values[(0,), True]
+    assert ious == pytest.approx([ious[0]] * 3)  # mIoU looks at the background all the same
+
+
+def test_beside_calibration(tmp_path):
+    """Groups of classes, and other images told from these: noise where the test images are digits without."""
+    ood = {"source": "digits", "path": "", "split": "test", "options": {"noise": 1.0}}
+    built = task(arms=("ce",), long_tail_groups=True, ood=ood, data__options={"num_train": 640, "noise": 0.0})
+    report = built.report(untrained(built, tmp_path))
+    assert report.tables[1].columns[:4] == ("loss", "head %", "medium %", "tail %")
+    numbers = json.loads(report.files["calibration.json"])["ce"][0]
+    report.files["logits_ce.npz"](tmp_path / "logits.npz")
+    saved = np.load(tmp_path / "logits.npz")
+    right = saved["logits"].argmax(-1) == saved["labels"]
+    head = np.mean([right[saved["labels"] == label].mean() for label in range(3)])
+    assert numbers["head"] == pytest.approx(head)
+    assert 0 <= numbers["auroc_entropy"] <= 1 and numbers["auroc_confidence"] != numbers["auroc_entropy"]
+    assert report.summary["ce/tail"] > 0 and "digits" in report.tables[1].caption
 
 
 def test_pretrained_weights_start_every_seed(tmp_path):

@@ -46,7 +46,7 @@ def test_every_entry_is_complete_and_builds():
         assert 0.8 < info.crop_fraction <= 1
         assert info.interpolation in ("bilinear", "bicubic")
         assert info.naming in ("akamaster", "torchvision", "timm", "flsd", "smp")
-        assert info.dense == (info.family == "deeplab")
+        assert info.dense == (info.family == "deeplab" or name == "plain_cnn_dense")
 
 
 def test_preprocessing_of_the_published_weights():
