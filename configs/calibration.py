@@ -217,12 +217,12 @@ def scenes(method: str, arms: tuple[str, ...]) -> ConfigDict:
             eval_batch_size=50,
         ),
         common.model("plain_cnn_dense", settings={"features": (8, 16, 16, 16)}),
-        sgd((8.0, 12.0)),
+        sgd((4.0, 6.0)),
         log_every=16,
-        save_every=320,
+        save_every=160,
     )
     config.seeds = (0, 1, 2)
-    config.epochs, config.eval_every_epochs = 20.0, 0.0
+    config.epochs, config.eval_every_epochs = 10.0, 0.0
     config.save_logits = False
     config.how = "call"
     return config
