@@ -1,6 +1,6 @@
 """Pytrees whose leaves have names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,18 @@ def path_name(path: tuple[Any, ...]) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """All leaves by their slash-joined path, in tree order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a/b": 1}`` -> ``{"a": {"b": 1}}``: the inverse of :func:`named_leaves` for nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, value in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
 
 
 def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

@@ -19,12 +19,9 @@ in exact integers (padding is 0 of ``c - zero``); ``output_scale`` and ``bias`` 
 between the layers (normalisation, ReLU, sums) is the network's code, or the StableHLO program (``stablehlo.py``).
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,9 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from jaxvision.core import trees
-from jaxvision.core.errors import DataError
-from jaxvision.models.integer_network import InputCodes, IntegerLayer, nested
+from jaxvision.core import described_file, trees
+from jaxvision.models.integer_network import InputCodes, IntegerLayer
 
 FORMAT, VERSION = "jaxvision.integer_network", 1
 
@@ -83,8 +79,7 @@ def to_flat(model: IntegerModel) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         known = None if table is None else {part: getattr(table, part) for part in ("lowest", "kind", "bits")}
         layers.append({**described, **layer.geometry, "input": known})
     metadata = {"format": FORMAT, "version": VERSION, "model": dict(model.model), "layers": layers}
-    # safetensors writes the buffer as it lies: it must be in C order.
-    return {name: np.ascontiguousarray(leaf).reshape(np.shape(leaf)) for name, leaf in arrays.items()}, metadata
+    return described_file.contiguous(arrays), metadata
 
 
 def from_flat(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> IntegerModel:
@@ -93,16 +88,9 @@ def from_flat(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> 
     Raises:
       DataError: another format, arrays that are missing or left over.
     """
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        found = f"{metadata.get('format')!r} version {metadata.get('version')!r}"
-        raise DataError(f"this is no integer network of format {FORMAT!r} version {VERSION}, but {found}")
-    left, layers = dict(arrays), {}
-
-    def take(name: str) -> np.ndarray:
-        if name not in left:
-            raise DataError(f"the integer network has no array {name!r}, which its JSON file announces")
-        return left.pop(name)
-
+    described_file.check_format(metadata, FORMAT, VERSION, "integer network")
+    announced, layers, kernels = described_file.Announced(arrays, "integer network"), {}, {}
+    take = announced.take
     for described in metadata["layers"]:
         name, shape = described["kernel"], tuple(described["shape"])
         geometry = {part: described[part] for part in ("stride", "padding", "dilation", "groups") if part in described}
@@ -115,47 +103,14 @@ def from_flat(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> 
         kernel = take(f"variables/params/{name}")
         if described["storage"] == "int4":
             kernel = jnp.asarray(unpack_int4(kernel, shape), jnp.int4)
-        left[f"variables/params/{name}"] = kernel
-    for name in left:
-        if not name.startswith("variables/"):
-            raise DataError(f"the integer network has an array {name!r} that its JSON file doesn't mention")
-    return IntegerModel(nested(left)["variables"], layers, metadata["model"])
+        kernels[f"variables/params/{name}"] = kernel
+    return IntegerModel(announced.variables(kernels), layers, metadata["model"])
 
 
 def save(path: str | os.PathLike, model: IntegerModel) -> None:
     """Writes ``<path>.safetensors`` and then ``<path>.json``, each complete or not at all."""
-    path = Path(path)
     arrays, metadata = to_flat(model)
-    data = safetensors.numpy.save(arrays)
-    metadata["sha256"] = hashlib.sha256(data).hexdigest()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path.with_name(path.name + ".safetensors"), data)
-    write(path.with_name(path.name + ".json"), (json.dumps(metadata, indent=1) + "\n").encode())
-
-
-def write(path: Path, data: bytes) -> None:
-    """A file that is there complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read(stored: Path, described: Path, what: str) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of ``stored`` and what the JSON file ``described`` says, which must belong together; else DataError."""
-    for file in (described, stored):
-        if not file.is_file():
-            raise DataError(f"{file} does not exist; {what} is a {described.suffix} and a {stored.suffix} file")
-    try:
-        metadata = json.loads(described.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{described} is not valid JSON: {error}") from error
-    data = stored.read_bytes()
-    if not isinstance(metadata, dict) or hashlib.sha256(data).hexdigest() != metadata.get("sha256"):
-        raise DataError(f"{stored} is damaged or belongs to another model: its SHA-256 differs from the JSON file's")
-    return data, metadata
+    described_file.save(path, described_file.SAFETENSORS, safetensors.numpy.save(arrays), metadata)
 
 
 def load(path: str | os.PathLike) -> IntegerModel:
@@ -164,7 +119,5 @@ def load(path: str | os.PathLike) -> IntegerModel:
     Raises:
       DataError: a file is missing, damaged, or the two don't belong together.
     """
-    path = Path(path)
-    stored, described = path.with_name(path.name + ".safetensors"), path.with_name(path.name + ".json")
-    data, metadata = read(stored, described, "an integer network")
+    data, metadata = described_file.load(path, described_file.SAFETENSORS, "an integer network")
     return from_flat(safetensors.numpy.load(data), metadata)

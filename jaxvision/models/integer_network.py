@@ -67,7 +67,7 @@ def convert(network: QuantizedNetwork, variables: Any, storage: str = "int8") ->
         elif not (kernel in quantized and field in _learned(network, kernel)):
             new[name] = value
     kept = {name: tree for name, tree in variables.items() if name != INTERVAL}
-    return {**kept, "params": nested(new)}
+    return {**kept, "params": trees.nested(new)}
 
 
 def _by_name(params: Any, quantizers: Any) -> dict[str, Any]:
@@ -92,18 +92,6 @@ def _codes(name: str, quantizer: Any, value: jax.Array, storage: str) -> jax.Arr
     raise ConfigError(
         f"{name}: the codes of {kind} go from {low} to {high}, which int8 doesn't hold; train with 7 bits"
     )
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"a/b": 1}`` -> ``{"a": {"b": 1}}``."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 # --- what it weighs --------------------------------------------------------------------------------------------------

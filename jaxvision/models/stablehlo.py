@@ -9,21 +9,18 @@ and holds what ``jax.export`` needs besides to call the program.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import export
 
-from jaxvision.core.errors import DataError
-from jaxvision.models.integer_file import read, write
+from jaxvision.core import described_file
 
 FORMAT, VERSION = "jaxvision.stablehlo", 1
+ENDINGS = (".mlirbc", ".mlirbc.json")
 BATCH = "batch"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -52,7 +49,7 @@ def trace(
 
 def save(path: str | os.PathLike, program: export.Exported) -> None:
     """Writes ``<path>.mlirbc`` and then ``<path>.mlirbc.json``, each complete or not at all."""
-    path, data = Path(path), program.mlir_module_serialized
+    data = program.mlir_module_serialized
     (images,), (outputs,) = program.in_avals, program.out_avals
     metadata = {
         "format": FORMAT,
@@ -61,11 +58,8 @@ def save(path: str | os.PathLike, program: export.Exported) -> None:
         "output": {"shape": [_dimension(size) for size in outputs.shape], "dtype": str(outputs.dtype)},
         "platforms": list(program.platforms),
         "calling_convention_version": program.calling_convention_version,
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path.with_name(path.name + ".mlirbc"), data)
-    write(path.with_name(path.name + ".mlirbc.json"), (json.dumps(metadata, indent=1) + "\n").encode())
+    described_file.save(path, ENDINGS, data, metadata)
 
 
 def load(path: str | os.PathLike) -> export.Exported:
@@ -74,12 +68,8 @@ def load(path: str | os.PathLike) -> export.Exported:
     Raises:
       DataError: a file is missing, damaged, or the two don't belong together.
     """
-    path = Path(path)
-    stored, described = path.with_name(path.name + ".mlirbc"), path.with_name(path.name + ".mlirbc.json")
-    data, metadata = read(stored, described, "a StableHLO program")
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        found = f"{metadata.get('format')!r} version {metadata.get('version')!r}"
-        raise DataError(f"this is no program of format {FORMAT!r} version {VERSION}, but {found}")
+    data, metadata = described_file.load(path, ENDINGS, "a StableHLO program")
+    described_file.check_format(metadata, FORMAT, VERSION, "program")
     # jax's own file format needs a package of its own; a program of the same signature stands in for its envelope.
     sizes, output = metadata["input"]["shape"], metadata["output"]
     batch = None if sizes[0] == BATCH else sizes[0]

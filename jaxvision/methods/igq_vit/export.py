@@ -14,20 +14,17 @@
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxvision.core import trees
-from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.core import described_file, trees
+from jaxvision.core.errors import ConfigError
 from jaxvision.methods.igq_vit.groups import InstanceGroupQuantizer
 from jaxvision.quant import weights
 from jaxvision.quant.activation import AffineQuantizer, DynamicGroupQuantizer
@@ -76,8 +73,7 @@ def to_flat(model: QuantizedModel) -> tuple[dict[str, np.ndarray], dict[str, Any
         "weights": {name: {"bits": tensor.bits} for name, tensor in model.codes.items()},
         "sites": sites,
     }
-    # safetensors writes the buffer as it lies: it must be in C order.
-    return {name: np.ascontiguousarray(v).reshape(np.shape(v)) for name, v in jax.device_get(arrays).items()}, metadata
+    return described_file.contiguous(jax.device_get(arrays)), metadata
 
 
 def from_flat(
@@ -93,17 +89,10 @@ def from_flat(
       ConfigError: a quantizer's class isn't known.
       DataError: arrays are missing or left over.
     """
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        found = f"{metadata.get('format')!r} version {metadata.get('version')!r}"
-        raise DataError(f"this is no quantized model of format {FORMAT!r} version {VERSION}, but {found}")
+    described_file.check_format(metadata, FORMAT, VERSION, "quantized model")
     known = {cls.__name__: cls for cls in (*CLASSES, *classes)}
-    left = dict(arrays)
-
-    def take(name: str) -> np.ndarray:
-        if name not in left:
-            raise DataError(f"the quantized model has no array {name!r}, which its JSON file announces")
-        return left.pop(name)
-
+    announced = described_file.Announced(arrays, "quantized model")
+    take = announced.take
     codes = {
         name: weights.QuantizedTensor(
             *(take(f"weights/{name}/{field}") for field in ("codes", "scale", "zero")), bits=described["bits"]
@@ -117,38 +106,14 @@ def from_flat(
             raise ConfigError(f"site {site}: quantizer class {described['class']!r} is unknown; pass it in `classes`")
         fields = [f.name for f in dataclasses.fields(cls) if f.metadata.get("pytree_node", True)]
         quantizers[site] = cls(**static, **{field: take(f"sites/{site}/{field}") for field in fields})
-    variables: dict[str, Any] = {}
     kernels = {f"variables/params/{name}": np.asarray(tensor.dequantize()) for name, tensor in codes.items()}
-    for name, leaf in (left | kernels).items():
-        prefix, _, path = name.partition("/")
-        if prefix != "variables":
-            raise DataError(f"the quantized model has an array {name!r} that its JSON file doesn't mention")
-        *parents, last = path.split("/")
-        node = variables
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return QuantizedModel(variables, codes, quantizers, metadata["model"])
+    return QuantizedModel(announced.variables(kernels), codes, quantizers, metadata["model"])
 
 
 def save(path: str | os.PathLike, model: QuantizedModel) -> None:
     """Writes ``<path>.safetensors`` and then ``<path>.json``, each complete or not at all."""
-    path = Path(path)
     arrays, metadata = to_flat(model)
-    data = safetensors.numpy.save(arrays)
-    metadata["sha256"] = hashlib.sha256(data).hexdigest()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path.with_name(path.name + ".safetensors"), data)
-    _write(path.with_name(path.name + ".json"), (json.dumps(metadata, indent=1) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    described_file.save(path, described_file.SAFETENSORS, safetensors.numpy.save(arrays), metadata)
 
 
 def load(path: str | os.PathLike, classes: Iterable[type] = ()) -> QuantizedModel:
@@ -158,16 +123,5 @@ def load(path: str | os.PathLike, classes: Iterable[type] = ()) -> QuantizedMode
       DataError: a file is missing, damaged, or the two don't belong together.
       ConfigError: see :func:`from_flat`.
     """
-    path = Path(path)
-    described, stored = path.with_name(path.name + ".json"), path.with_name(path.name + ".safetensors")
-    for file in (described, stored):
-        if not file.is_file():
-            raise DataError(f"{file} does not exist; a quantized model is a .json and a .safetensors file")
-    try:
-        metadata = json.loads(described.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{described} is not valid JSON: {error}") from error
-    data = stored.read_bytes()
-    if hashlib.sha256(data).hexdigest() != metadata.get("sha256"):
-        raise DataError(f"{stored} is damaged or belongs to another model: its SHA-256 differs from the JSON file's")
+    data, metadata = described_file.load(path, described_file.SAFETENSORS, "a quantized model")
     return from_flat(safetensors.numpy.load(data), metadata, classes)
