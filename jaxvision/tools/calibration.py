@@ -20,9 +20,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jaxvision.core.errors import ConfigError, DataError, JaxvisionError, StorageError
+from jaxvision.core.errors import ConfigError, DataError, StorageError
 from jaxvision.engine import calibration_figures, calibration_report, report
 from jaxvision.engine.calibration_report import Assessment
 from jaxvision.engine.progress import Progress
@@ -31,28 +31,19 @@ from jaxvision.metrics.calibration import NUM_BINS
 from jaxvision.metrics.calibration_noise import SIMULATIONS
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import UNSCALED, Scaling
+from jaxvision.tools import command_line
 from jaxvision.tools.calibration_sets import StoredRows, held, open_sets
 
 AS_GIVEN = "as given"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    try:
-        run(_parser().parse_args(arguments))
-    except JaxvisionError as error:
-        print(f"calibration: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return command_line.answer("calibration", lambda: run(_parser().parse_args(arguments)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m jaxvision.tools.calibration", description=__doc__)
     add = parser.add_argument
     add("source", type=Path, metavar="LOGITS", help="the file with logits and labels")
     add("--labels", type=Path, metavar="FILE", help="labels from another file")

@@ -15,26 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from jaxvision.core.config import flatten
-from jaxvision.core.errors import DataError, JaxvisionError
+from jaxvision.core.errors import DataError
 from jaxvision.engine import report
+from jaxvision.tools import command_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return command_line.answer("compare_runs", lambda: _run(_parser().parse_args(arguments)))
+
+
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m jaxvision.tools.compare_runs", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--to", type=Path, help="write the table there as Markdown too")
-    options = parser.parse_args(arguments)
-    try:
-        made = compare(options.runs)
-    except JaxvisionError as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
-        return error.exit_code
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    made = compare(options.runs)
     if options.to:
         options.to.parent.mkdir(parents=True, exist_ok=True)
         options.to.write_text(report.markdown(made))
     print(report.markdown(made))
-    return 0
 
 
 def compare(directories: Sequence[Path]) -> report.Report:

@@ -21,31 +21,34 @@ import jax
 import numpy as np
 
 from jaxvision.core.config import Config
-from jaxvision.core.errors import ConfigError, DataError, JaxvisionError
+from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import recipes
 from jaxvision.engine.quantization import build_network
 from jaxvision.methods.trs import training
 from jaxvision.models import integer_file, integer_network, stablehlo, weight_file, zoo
 from jaxvision.models.quantized import QuantizedNetwork
+from jaxvision.tools import command_line
 
 WEIGHTS = "quantized.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return command_line.answer("export", lambda: _run(_parser().parse_args(arguments)))
+
+
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m jaxvision.tools.export", description=__doc__)
     parser.add_argument("--workdir", required=True, type=Path, help="directory of the finished run")
     parser.add_argument("--to", required=True, type=Path, help="directory for the files")
     parser.add_argument("--storage", default="int8", help=f"of the kernels: {', '.join(integer_network.STORAGES)}")
     parser.add_argument("--batch", type=int, help="batch size of the program [any]")
     parser.add_argument("--image", type=int, nargs=3, metavar=("H", "W", "C"), help="[that of the run's data]")
-    options = parser.parse_args(arguments)
-    try:
-        print(export(options.workdir, options.to, options.storage, options.batch, options.image))
-    except JaxvisionError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    print(export(options.workdir, options.to, options.storage, options.batch, options.image))
 
 
 def export(

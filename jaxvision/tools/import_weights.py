@@ -11,35 +11,26 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxvision.core import trees
-from jaxvision.core.errors import ConfigError, DataError, JaxvisionError
+from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.models import torch_import, weight_file, zoo
+from jaxvision.tools import command_line
 
 _BATCH = 128
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    try:
-        run(_parser().parse_args(arguments))
-    except JaxvisionError as error:
-        print(f"import_weights: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return command_line.answer("import_weights", lambda: run(_parser().parse_args(arguments)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m jaxvision.tools.import_weights", description=__doc__)
     add = parser.add_argument
     add("--from", dest="source", type=Path, required=True, metavar="FILE", help="the .safetensors, .pth, .pt, ... file")
     add("--model", required=True, metavar="NAME", help="the network, for example resnet50 or deit_tiny_patch16_224")

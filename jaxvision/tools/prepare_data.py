@@ -20,9 +20,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jaxvision.core.errors import ConfigError, DataError, JaxvisionError
+from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.tools import command_line
 
 Run = Callable[[argparse.Namespace], str]
 """Does the work for parsed arguments and returns what to print at the end."""
@@ -169,35 +170,21 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    try:
-        args = _parser().parse_args(arguments)
-        print(args.run(args))
-        return 0
-    except JaxvisionError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("prepare_data: stopped; the same command starts again", file=sys.stderr)
-        return 130
+    return command_line.answer("prepare_data", lambda: _run(_parser().parse_args(arguments)))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes on the command line end like all others: one line, exit code 64."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+def _run(options: argparse.Namespace) -> None:
+    print(options.run(options))
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
         prog="python -m jaxvision.tools.prepare_data",
         description=__doc__.split("\n\nTo add")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="DATASET")
     for name, add in COMMANDS.items():
-        command = commands.add_parser(name, help=add.__doc__, description=add.__doc__, allow_abbrev=False)
+        command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
         command.set_defaults(run=add(command))
     return parser
 

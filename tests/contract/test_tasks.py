@@ -27,6 +27,7 @@ from jaxvision.engine.options import Options
 from jaxvision.engine.plan import Plan
 from jaxvision.engine.progress import Progress
 from jaxvision.main import make_task
+from tests.engine.tiny import StopAt
 
 SMOKE = ("acls", "classification", "igq_vit", "lbt", "rankmixup", "trs")
 ROOT = Path(__file__).parents[2]
@@ -125,24 +126,12 @@ def test_a_run_finishes_and_its_report_has_tables_and_figures(name, finished, tm
         assert (tmp_path / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-class StopEvery(Interrupt):
-    """Asks to stop at its n-th boundary."""
-
-    def __init__(self, boundary):
-        super().__init__()
-        self.left = boundary
-
-    def requested(self, synchronize):
-        self.left -= 1
-        return self.left == 0
-
-
 @pytest.mark.parametrize("name", SMOKE)
 def test_stopped_and_continued_equals_uninterrupted_bit_for_bit(name, finished, tmp_path, monkeypatch):
     whole = finished(name)
     stops = 0
     for boundary in (1, 2):
-        monkeypatch.setattr(loop, "Interrupt", lambda boundary=boundary: StopEvery(boundary))
+        monkeypatch.setattr(loop, "Interrupt", lambda boundary=boundary: StopAt(boundary))
         try:
             run(name, tmp_path)
         except Preempted:

@@ -67,23 +67,11 @@ def test_vanished_checkpoints_are_refused_not_started_over(tmp_path):
     assert (tmp_path / "metrics.jsonl").stat().st_size
 
 
-class StopAt(Interrupt):
-    """Asks to stop when the loop has asked so many times."""
-
-    def __init__(self, boundary):
-        super().__init__()
-        self.left = boundary
-
-    def requested(self, synchronize):
-        self.left -= 1
-        return self.left == 0
-
-
 @pytest.mark.parametrize("boundaries", [(1, 3, 9), (10, 12), (30, 1, 1)])
 def test_stopped_and_continued_equals_uninterrupted(whole, tmp_path, boundaries, monkeypatch):
     """Stops at odd places, also between log steps, at evaluations and at the stage boundary."""
     for boundary in boundaries:
-        monkeypatch.setattr(loop, "Interrupt", lambda boundary=boundary: StopAt(boundary))
+        monkeypatch.setattr(loop, "Interrupt", lambda boundary=boundary: tiny.StopAt(boundary))
         with pytest.raises(Preempted, match="the same command continues") as caught:
             tiny.run(tmp_path, tiny.make(), OPTIONS)
         assert caught.value.exit_code == 75

@@ -19,12 +19,25 @@ import optax
 from jaxvision.core import devices, rng
 from jaxvision.core.errors import JaxvisionError
 from jaxvision.engine import loop, parallel
+from jaxvision.engine.interrupt import Interrupt
 from jaxvision.engine.options import Options
 from jaxvision.engine.progress import Progress
 from jaxvision.engine.report import Report, Table
 from jaxvision.engine.task import Eval, Stage, State, Task
 from jaxvision.metrics import Mean
 from jaxvision.models import layers
+
+
+class StopAt(Interrupt):
+    """Asks to stop when the loop has asked so many times."""
+
+    def __init__(self, boundary):
+        super().__init__()
+        self.left = boundary
+
+    def requested(self, synchronize):
+        self.left -= 1
+        return self.left == 0
 
 
 class Net(nn.Module):

@@ -62,6 +62,34 @@ def drawn(module, seed, images):
     return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
 
 
+BLOCK_SITES = (
+    "norm1",
+    "attn.qkv",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.softmax",
+    "attn.proj",
+    "norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+)
+"""The taps of a transformer block in the order of the forward pass, but for those of outputs."""
+
+
+def sites(module, variables, images):
+    """The names of a network's taps, each met once, but for those of outputs."""
+    names = []
+
+    def tap(name, value):
+        names.append(name)
+        return value
+
+    jax.eval_shape(partial(module.apply, tap=tap), variables, images)
+    assert len(names) == len(set(names))
+    return [name for name in names if not name.endswith(".out")]
+
+
 def recorded(module, variables, images, compile_=quick_jit):
     """The output and everything that a tap saw, by one compiled program."""
 

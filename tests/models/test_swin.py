@@ -127,33 +127,14 @@ def test_every_preset_builds_at_its_size():
 
 
 def test_taps_name_each_place_once_with_an_images_windows_together():
-    module, names = TINY(), []
+    module, block = TINY(), networks.BLOCK_SITES
     variables = drawn(module, 1)
-
-    def tap(name, value):
-        names.append(name)
-        return value
-
-    jax.eval_shape(partial(module.apply, tap=tap), variables, IMAGES)
-    assert len(names) == len(set(names))
-    sites = [name for name in names if not name.endswith(".out")]
-    block = [
-        "norm1",
-        "attn.qkv",
-        "attn.q",
-        "attn.k",
-        "attn.v",
-        "attn.softmax",
-        "attn.proj",
-        "norm2",
-        "mlp.fc1",
-        "mlp.fc2",
-    ]
     first = [f"layers.0.blocks.{i}.{site}" for i in range(2) for site in block]
     second = [f"layers.1.downsample.{site}" for site in ("norm", "reduction")] + [
         f"layers.1.blocks.0.{s}" for s in block
     ]
-    assert sites == ["patch_embed.proj", "patch_embed.norm", *first, *second, "norm", "head"]
+    expected = ["patch_embed.proj", "patch_embed.norm", *first, *second, "norm", "head"]
+    assert networks.sites(module, variables, IMAGES) == expected
 
     seen = recorded(module, variables, IMAGES)[1]
     assert seen["layers.0.blocks.0.attn.qkv"].shape == (2 * 6, 16, 8)
@@ -174,22 +155,10 @@ def test_taps_name_each_place_once_with_an_images_windows_together():
     np.testing.assert_allclose(seen["layers.0.blocks.0.attn.softmax"], weights, rtol=1e-4, atol=1e-6)
 
 
-BLOCK_SITES = (
-    "norm1",
-    "norm2",
-    "attn.qkv",
-    "attn.q",
-    "attn.k",
-    "attn.v",
-    "attn.softmax",
-    "attn.proj",
-    "mlp.fc1",
-    "mlp.fc2",
-)
 SITES = [
     "patch_embed.proj",
     "patch_embed.norm",
-    *(f"layers.0.blocks.1.{site}" for site in BLOCK_SITES),
+    *(f"layers.0.blocks.1.{site}" for site in networks.BLOCK_SITES),
     "layers.1.downsample.norm",
     "layers.1.downsample.reduction",
     "norm",

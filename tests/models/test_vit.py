@@ -116,29 +116,8 @@ def test_every_preset_builds_at_its_size():
 
 
 def test_taps_name_each_place_once_and_give_the_operands(tiny):
-    names = []
-
-    def tap(name, value):
-        names.append(name)
-        return value
-
-    jax.eval_shape(partial(TINY().apply, tap=tap), tiny, IMAGES)
-    assert len(names) == len(set(names))
-    sites = [name for name in names if not name.endswith(".out")]
-    block = [
-        "norm1",
-        "attn.qkv",
-        "attn.q",
-        "attn.k",
-        "attn.v",
-        "attn.softmax",
-        "attn.proj",
-        "norm2",
-        "mlp.fc1",
-        "mlp.fc2",
-    ]
-    blocks = [f"blocks.{i}.{site}" for i in range(2) for site in block]
-    assert sites == ["patch_embed.proj", *blocks, "norm", "head"]
+    blocks = [f"blocks.{i}.{site}" for i in range(2) for site in networks.BLOCK_SITES]
+    assert networks.sites(TINY(), tiny, IMAGES) == ["patch_embed.proj", *blocks, "norm", "head"]
 
     seen = recorded(TINY(), tiny, IMAGES)[1]
     np.testing.assert_array_equal(seen["patch_embed.proj"], IMAGES)
@@ -151,21 +130,7 @@ def test_taps_name_each_place_once_and_give_the_operands(tiny):
     np.testing.assert_allclose(seen["blocks.1.attn.proj"], joined, rtol=1e-4, atol=1e-6)
 
 
-SITES = ["patch_embed.proj", "norm", "head"] + [
-    f"blocks.0.{site}"
-    for site in (
-        "norm1",
-        "norm2",
-        "attn.qkv",
-        "attn.q",
-        "attn.k",
-        "attn.v",
-        "attn.softmax",
-        "attn.proj",
-        "mlp.fc1",
-        "mlp.fc2",
-    )
-]
+SITES = ["patch_embed.proj", "norm", "head"] + [f"blocks.0.{site}" for site in networks.BLOCK_SITES]
 
 
 def test_each_tapped_value_is_the_one_used():

@@ -162,7 +162,11 @@ def test_a_separate_validation_file_and_the_papers_grid(tmp_path, capsys, monkey
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--hold_out", 1.5), "must lie between 0 and 1"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--hold_out", 0.5, "--validation", "x"), "exclude each other"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--bins", 0), "must be at least 1"),
-        ({"logits": np.eye(9), "labels": np.arange(9)}, ("--temperature", "t"), "see --help"),
+        (
+            {"logits": np.eye(9), "labels": np.arange(9)},
+            ("--temperature", "t"),
+            "see python -m jaxvision.tools.calibration --help",
+        ),
         (
             {"logits": 5 * np.eye(9), "labels": np.arange(9), "val_logits": np.eye(3), "val_labels": np.arange(3)},
             (),
