@@ -208,6 +208,19 @@ def start_state(init: Callable[[jax.Array], Any], seeds: Sequence[int], key: jax
     return State(jnp.zeros((), jnp.int32), extra={START: variables})
 
 
+def load_start(load: Callable[[Any], Any], state: State) -> State:
+    """The state before the first arm with ``load(variables)`` for each seed's variables: a ``Task.load``.
+
+    Args:
+      load: ``fresh variables of a seed -> variables`` with pretrained values in their place, on the host; what it
+        keeps fresh stays each seed's own.
+      state: of :func:`start_state`.
+    """
+    start = jax.device_get(state.extra[START])
+    each = [load(seed_axis.member(start, index)) for index in range(len(jax.tree.leaves(start)[0]))]
+    return state.replace(extra={**state.extra, START: jax.tree.map(lambda *leaves: np.stack(leaves), *each)})
+
+
 def member_state(state: State, index: int) -> State:
     """The state of one member of the arm that ran last."""
     return seed_axis.member(_split(state)[0].replace(step=None), index).replace(step=state.step)

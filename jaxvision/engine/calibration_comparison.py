@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxvision.core.config import Config
@@ -21,7 +20,7 @@ from jaxvision.engine.calibration_names import Recipe
 from jaxvision.engine.calibration_outcome import Addition, Measuring, Run
 from jaxvision.engine.datasets import other_evaluation
 from jaxvision.engine.seeds import HOW
-from jaxvision.engine.task import Batch, State, Task
+from jaxvision.engine.task import Batch, Task
 from jaxvision.metrics.calibration_scaling import METHODS
 from jaxvision.metrics.long_tail import groups_by_rank
 from jaxvision.models import zoo
@@ -86,19 +85,12 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
     # Shaping the state finds what the parameters' names and shapes can tell.
     jax.eval_shape(stages[0].begin, jax.eval_shape(init, _key()), _key())
     report = functools.partial(calibration_table.make, run, addition)
-    load = None if model.pretrained is None else functools.partial(_load, model, len(seeds))
+    load = None if model.pretrained is None else functools.partial(arms.load_start, model.load)
     return Task(name, init, stages, report, load=load)
 
 
 def _key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def _load(model: recipes.Model, count: int, state: State) -> State:
-    """The pretrained values in every seed's start; what isn't in the file keeps the seed's own."""
-    start = state.extra[arms.START]
-    each = [model.load(jax.tree.map(lambda leaf, i=index: leaf[i], start)) for index in range(count)]
-    return state.replace(extra={**state.extra, arms.START: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)})
 
 
 def _unknown(config: Config, data: recipes.Data) -> dict[str, EvalBatches]:

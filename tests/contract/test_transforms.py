@@ -28,6 +28,7 @@ from jaxvision.optim import (
     sgdt,
     with_transition_rate,
 )
+from tests.quickly import quick_jit
 
 STEPS = 3
 
@@ -142,7 +143,7 @@ def run_all(place=lambda tree: tree):
     params, gradients, extra = problem()
     params = {name: place(params) for name in CASES}
     init = jax.jit(lambda params: {name: case.make().init(params[name]) for name, case in CASES.items()})
-    states, step = init(params), jax.jit(step_all, compiler_options={"xla_backend_optimization_level": 0})
+    states, step = init(params), quick_jit(step_all)
     for t in range(STEPS):
         params, states = step(params, states, place(at(gradients, t)), extra | {"loss": jnp.float32(t)})
     return params, states, step._cache_size()

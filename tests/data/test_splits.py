@@ -8,12 +8,13 @@ import pytest
 from jaxvision.core.errors import ConfigError
 from jaxvision.data import splits
 from jaxvision.data.sources import ArraySource, Subset, labels_of
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "rankmixup"
 
 
 def test_the_cifar_split_is_the_official_one():
-    oracle = np.load(ORACLES / "cifar_split_0.npz")
+    oracle = load(ORACLES / "cifar_split_0.npz")
     train, validation = splits.shuffled(50_000, 5_000, int(oracle["seed"]))
     np.testing.assert_array_equal(validation, oracle["val_indices"])
     np.testing.assert_array_equal(train[:100], oracle["first_100_train_indices"])
@@ -39,7 +40,7 @@ def test_the_tiny_imagenet_split_is_the_official_one():
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("imbalance", [0.1, 0.02, 0.01])
 def test_long_tail_counts_are_the_official_ones(classes, imbalance):
-    expected = np.load(ORACLES / "longtail_counts_0.npz")[f"cifar{classes}_if_{imbalance}"]
+    expected = load(ORACLES / "longtail_counts_0.npz")[f"cifar{classes}_if_{imbalance}"]
     np.testing.assert_array_equal(splits.long_tail_counts(50_000, classes, imbalance), expected)
 
 

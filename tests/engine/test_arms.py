@@ -85,6 +85,18 @@ def test_the_next_arm_starts_where_the_first_did():
     np.testing.assert_allclose(metrics["w_1"].compute(), again.params["w"][1, 0])
 
 
+def test_pretrained_values_go_into_every_seeds_start():
+    initial = start(jax.random.key(0))
+
+    def load(variables):
+        return {"params": {"w": np.asarray([7.0, variables["params"]["w"][1]], np.float32)}}  # the second stays fresh
+
+    loaded, fresh = arms.load_start(load, initial).extra[arms.START], initial.extra[arms.START]
+    np.testing.assert_array_equal(loaded["params"]["w"][:, 0], [7.0, 7.0])
+    np.testing.assert_array_equal(loaded["params"]["w"][:, 1], fresh["params"]["w"][:, 1])
+    assert fresh["params"]["w"][0, 1] != fresh["params"]["w"][1, 1]
+
+
 def test_the_setting_is_chosen_on_one_set_and_judged_on_another():
     rows = []
     for name, values in (("validation", (0.5, 0.7, 0.9, 0.8)), ("test", (0.4, 0.6, 0.3, 0.5))):

@@ -19,7 +19,7 @@ from jaxvision.losses.correctness_ranking import CorrectnessHistory, crl
 from jaxvision.metrics import Mean
 from jaxvision.models.mixing import blend, draw_pairs
 from jaxvision.models.plain_cnn import PlainCNN
-from tests.losses.oracle import quick_jit
+from tests.quickly import quick_jit
 
 K, N = 4, 8
 NETWORK = PlainCNN(K, features=(3,), strides=(2,), dilations=(1,))

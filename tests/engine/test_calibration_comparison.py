@@ -16,7 +16,8 @@ from jaxvision.main import make_task
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import measure
 from jaxvision.models import weight_file
-from tests.losses.oracle import quick_jit
+from tests.arrays import load
+from tests.quickly import quick_jit
 
 CONFIGS = importlib.import_module("configs.acls")
 
@@ -66,7 +67,7 @@ def test_the_report_has_what_tool_and_reader_need(tmp_path):
     numbers = json.loads(report.files["calibration.json"])
     assert list(numbers) == labels and [each["seed"] for each in numbers["ce"]] == [0, 1]
     report.files["logits_ce.npz"](tmp_path / "logits.npz")
-    saved = np.load(tmp_path / "logits.npz")
+    saved = load(tmp_path / "logits.npz")
     assert len(saved["labels"]) == 1157 and len(saved["val_labels"]) == 128
     values = measure(Rows.of(saved["logits"], saved["labels"])).values
     before, after = (numbers["ce"][0][when]["metrics"] for when in ("before", "after"))
@@ -126,7 +127,7 @@ def test_beside_calibration(tmp_path):
     assert report.tables[1].columns[:4] == ("loss", "head %", "medium %", "tail %")
     numbers = json.loads(report.files["calibration.json"])["ce"][0]
     report.files["logits_ce.npz"](tmp_path / "logits.npz")
-    saved = np.load(tmp_path / "logits.npz")
+    saved = load(tmp_path / "logits.npz")
     right = saved["logits"].argmax(-1) == saved["labels"]
     head = np.mean([right[saved["labels"] == label].mean() for label in range(3)])
     assert numbers["head"] == pytest.approx(head)

@@ -7,16 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.quickly import quick_jit
+
 FOLDER = Path(__file__).parents[1] / "oracles"
-
-
-def load(path):
-    with np.load(path) as data:
-        return dict(data)
-
-
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""Compiles faster, for programs that run once or twice."""
 
 
 def compiled(functions):

@@ -9,7 +9,9 @@ import pytest
 
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.losses import calibration, focal, pairwise, penalties, registry
-from tests.losses.oracle import FOLDER, check, compiled, load, quick_jit, value_and_gradient
+from tests.arrays import load
+from tests.losses.oracle import FOLDER, check, compiled, value_and_gradient
+from tests.quickly import quick_jit
 
 CASES = {
     "cross_entropy": (calibration.cross_entropy, {}),

@@ -7,7 +7,9 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.losses.correctness_ranking import CorrectnessHistory, count_correct, crl, pair_targets, with_epoch
-from tests.losses.oracle import FOLDER, check, load, quick_jit
+from tests.arrays import load
+from tests.losses.oracle import FOLDER, check
+from tests.quickly import quick_jit
 
 
 def history(counts, epochs_done):

@@ -6,7 +6,9 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.losses.mixup import mixup, regmixup
-from tests.losses.oracle import FOLDER, check, load, quick_jit
+from tests.arrays import load
+from tests.losses.oracle import FOLDER, check
+from tests.quickly import quick_jit
 
 
 @pytest.mark.parametrize("k", range(2))

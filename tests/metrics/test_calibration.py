@@ -14,6 +14,7 @@ from jaxvision.metrics.calibration import Bins, Ranked
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import Scaling, batch_averages, measure
 from jaxvision.metrics.calibration_sums import Calibration, Confidences, ExactBins, TopError
+from tests import arrays
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "calibration_metrics"
 OFFICIAL = {
@@ -46,7 +47,7 @@ def numbers(metric, **options):
 
 
 def load(pattern):
-    return [pytest.param(dict(np.load(path)), id=path.stem) for path in sorted(ORACLES.glob(pattern))]
+    return [pytest.param(arrays.load(path), id=path.stem) for path in sorted(ORACLES.glob(pattern))]
 
 
 @pytest.mark.parametrize("case", load("metrics_*.npz"))

@@ -16,9 +16,10 @@ from jaxvision.metrics.calibration_scaling import (
     temperature_by_nll,
 )
 from jaxvision.metrics.calibration_scan import Scaling, measure
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "calibration_metrics"
-CASES = [pytest.param(dict(np.load(path)), id=path.stem) for path in sorted(ORACLES.glob("temperature_*.npz"))]
+CASES = [pytest.param(load(path), id=path.stem) for path in sorted(ORACLES.glob("temperature_*.npz"))]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,7 +49,7 @@ def test_the_papers_grid(case):
 
 
 def test_on_the_device_for_several_seeds_at_once():
-    cases = [np.load(ORACLES / f"temperature_{k}.npz") for k in (0, 1)]
+    cases = [load(ORACLES / f"temperature_{k}.npz") for k in (0, 1)]
     logits, labels = (np.stack([case[name] for case in cases]) for name in ("logits", "labels"))
     padded = np.concatenate([logits, np.full((2, 24, 10), np.nan, np.float32)], 1)
     mask = np.arange(1024) < 1000
@@ -68,7 +69,7 @@ def test_separable_and_hopeless_rows_end_at_the_bounds(sign, bound):
 
 
 def test_an_optimum_beyond_the_grid_is_found_exactly():
-    case = np.load(ORACLES / "temperature_0.npz")
+    case = load(ORACLES / "temperature_0.npz")
     sharp = Rows.of(case["logits"] * np.float32(6), case["labels"])
     np.testing.assert_allclose(fit_temperature(sharp).value, 6 * case["exact_T_by_nll_f64"], rtol=1e-5)
     coarse = fit_temperature(sharp, method="grid_nll")

@@ -10,12 +10,10 @@ from flax import linen as nn
 
 from jaxvision.core import trees
 from jaxvision.models import torch_import, zoo
+from tests.quickly import quick_jit
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "vit_models"
 CALIBRATION = ORACLES.parent / "calibration_metrics"
-
-# A third of the compile time; only the float32 oracles run what users run.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # --- small members of every family: zoo name, settings, image size -------------------------------------------------
 

@@ -18,7 +18,8 @@ from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recip
 from jaxvision.quant.binary import RSign
 from jaxvision.quant.families import FAMILIES
 from jaxvision.quant.lsq import LSQ
-from tests.models.networks import SMALL, assert_equal, quick_jit
+from tests.models.networks import SMALL, assert_equal
+from tests.quickly import quick_jit
 
 
 def layer(family, bits, *, weight=None, **options):

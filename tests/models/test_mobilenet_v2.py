@@ -12,7 +12,7 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.models import torch_import, zoo
 from jaxvision.models.mobilenet_v2 import InvertedResidual, MobileNetV2, make_divisible, relu6
 from tests.models import networks
-from tests.models.networks import quick_jit
+from tests.quickly import quick_jit
 
 # A block without expansion, one with stride 2, one with a residual, one that only changes channels.
 STAGES = ((1, 8, 1, 1), (6, 16, 2, 2), (2, 24, 1, 1))

@@ -9,7 +9,7 @@ from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.models import zoo
 from jaxvision.models.plain_cnn import PlainCNN
-from tests.models.networks import quick_jit
+from tests.quickly import quick_jit
 
 
 def test_parameters_and_logits():

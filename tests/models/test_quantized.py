@@ -13,7 +13,8 @@ from jaxvision.models import torch_import, zoo
 from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recipe, Rule, kernel_names
 from jaxvision.quant.families import FAMILIES
-from tests.models.networks import SMALL, drawn, quick_jit
+from tests.models.networks import SMALL, drawn
+from tests.quickly import quick_jit
 
 STEM_AND_HEAD = Rule(r"^conv1/|^linear/", None)
 

@@ -12,6 +12,7 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.core.types import no_tap
 from jaxvision.models.layers import Conv, max_pool
 from jaxvision.models.resnet import PRESETS, Block, ResNet
+from tests.arrays import load
 from tests.models import networks
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "alife"
@@ -55,7 +56,7 @@ def test_blocks_are_those_of_the_calibration_networks(case, block):
 
 @pytest.mark.parametrize("case", ["stem_0", "stem_1"])
 def test_stem_is_torchs(case):
-    oracle = np.load(ORACLES / f"{case}.npz")
+    oracle = load(ORACLES / f"{case}.npz")
     x = oracle["x"].astype(np.float32)
     conv = Conv(oracle["conv1"].shape[-1], 7, stride=2, padding=3, use_bias=False)
     y = conv.apply({"params": {"kernel": oracle["conv1"].astype(np.float32)}}, x)
@@ -66,7 +67,7 @@ def test_stem_is_torchs(case):
 @pytest.mark.parametrize("case", ["bottleneck_0", "bottleneck_1", "bottleneck_2"])
 def test_bottleneck_is_torchs(case):
     """Evaluation mode; the oracle's rows of a BN are scale, bias, mean, variance."""
-    oracle = np.load(ORACLES / f"{case}.npz")
+    oracle = load(ORACLES / f"{case}.npz")
     names = {"conv1": "conv1", "conv2": "conv2", "conv3": "conv3", "bn1": "bn1", "bn2": "bn2", "bn3": "bn3"}
     if oracle["has_proj"]:
         names |= {"downsample_0": "proj", "downsample_1": "proj_bn"}

@@ -12,7 +12,8 @@ from jaxvision.core.trees import count_parameters, named_leaves
 from jaxvision.models import swin, windows, zoo
 from jaxvision.models.attention import Attention
 from tests.models import networks
-from tests.models.networks import quick_jit, recorded
+from tests.models.networks import recorded
+from tests.quickly import quick_jit
 
 ZOO_NAME = "swin_tiny_patch4_window7_224"
 NETWORKS = ("swin_1", "swin_2", "swin_3_padded")

@@ -9,6 +9,7 @@ import pytest
 
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.models import torch_import, zoo
+from tests.arrays import load
 from tests.models import networks
 from tests.models.networks import ORACLES, SMALL, assert_equal, small
 
@@ -199,7 +200,7 @@ def test_keep_and_drop_are_checked():
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_position_embedding_resize_is_timms(number):
-    oracle = np.load(ORACLES / f"pos_embed_resample_{number}.npz")
+    oracle = load(ORACLES / f"pos_embed_resample_{number}.npz")
     old, new = (tuple(int(n) for n in oracle[key]) for key in ("old_grid", "new_grid"))
     resized = torch_import.resize_pos_embed(oracle["pos_embed"], old, new, int(oracle["num_prefix"]))
     assert resized.dtype == np.float32

@@ -14,7 +14,8 @@ from jaxvision.core.trees import count_parameters, named_leaves
 from jaxvision.models import mlp, vit, zoo
 from jaxvision.models.layers import Dropout, DropPath
 from tests.models import networks
-from tests.models.networks import quick_jit, recorded
+from tests.models.networks import recorded
+from tests.quickly import quick_jit
 
 ZOO_NAME = "vit_base_patch16_224"
 NETWORKS = ("vit_1", "vit_2", "vit_3_gray_avgpool", "deit_distilled_1")

@@ -7,7 +7,7 @@ import pytest
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.models import zoo
-from tests.models.networks import quick_jit
+from tests.quickly import quick_jit
 
 
 @pytest.mark.parametrize(

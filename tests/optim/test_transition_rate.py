@@ -24,6 +24,7 @@ from jaxvision.optim import (
     transition_rate,
     with_transition_rate,
 )
+from tests.arrays import load
 
 ORACLES = sorted((Path(__file__).parents[1] / "oracles" / "trs").glob("*_rule_*.npz"))
 
@@ -99,7 +100,7 @@ def optimizer_of(path, oracle):
 @pytest.mark.parametrize("path", ORACLES, ids=lambda path: path.stem)
 def test_reference(path):
     with jax.enable_x64(True):
-        oracle = dict(np.load(path))
+        oracle = load(path)
         quantizer = Grid(oracle["scale"], int(oracle["bits"]), bool(oracle["symmetric"]))
         transform = optimizer_of(path, oracle)
 

@@ -10,6 +10,7 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.quant import observers, uniform, weights
 from jaxvision.quant.activation import AffineQuantizer
 from jaxvision.quant.affine import Affine
+from tests.arrays import load
 
 CASES = sorted((Path(__file__).parents[1] / "oracles" / "quantizers").glob("affine_*.npz"))
 
@@ -20,7 +21,7 @@ def test_there_are_oracles():
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_oracle(path):
-    o = {name: np.asarray(value) for name, value in np.load(path).items()}
+    o = {name: np.asarray(value) for name, value in load(path).items()}
     settings = {"symmetric": bool(o["symmetric"]), "per_channel": bool(o["per_channel"]), "clip": float(o["clip"])}
     if settings["per_channel"]:  # channels last
         o = {name: np.moveaxis(a, 0, -1) if a.ndim == 4 else a for name, a in o.items()}

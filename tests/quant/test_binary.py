@@ -10,6 +10,7 @@ import pytest
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import binary
 from jaxvision.quant.binary import BinaryActivation, BinaryWeight, RSign
+from tests.arrays import load
 
 CASES = sorted((Path(__file__).parents[1] / "oracles" / "quantizers").glob("binary_*.npz"))
 
@@ -26,7 +27,7 @@ def test_there_are_oracles():
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_oracle(path):
-    o = np.load(path)
+    o = load(path)
     w, upstream, expected, gradient = (np.moveaxis(o[name], 0, -1) for name in ("W", "upstream_w", "Wq", "dW"))
     with jax.enable_x64(True):
         value, dw = run(BinaryWeight(), w, upstream)

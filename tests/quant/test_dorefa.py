@@ -10,6 +10,7 @@ import pytest
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import dorefa
 from jaxvision.quant.dorefa import DoReFaActivation, DoReFaWeight
+from tests.arrays import load
 
 CASES = sorted((Path(__file__).parents[1] / "oracles" / "quantizers").glob("dorefa_*.npz"))
 each = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -22,13 +23,13 @@ def x64():
 
 
 def test_there_are_oracles():
-    assert {int(np.load(path)["bits"]) for path in CASES} >= {1, 2, 4}
+    assert {int(load(path)["bits"]) for path in CASES} >= {1, 2, 4}
 
 
 @pytest.mark.parametrize("traced", [True, False])
 @each
 def test_weights(path, traced, x64):
-    o = np.load(path)
+    o = load(path)
     known = int(o["bits"])
 
     @jax.jit
@@ -48,7 +49,7 @@ def test_weights(path, traced, x64):
 
 @each
 def test_inputs(path, x64):
-    o = np.load(path)
+    o = load(path)
     q = DoReFaActivation(int(o["bits"]))
     value, dx = jax.jit(lambda x, g: (q(x), *jax.vjp(q, x)[1](g)))(o["x"], o["upstream_x"])
     np.testing.assert_allclose(value, o["xq"], rtol=1e-10)
@@ -57,7 +58,7 @@ def test_inputs(path, x64):
 
 @each
 def test_gradients(path, x64):
-    o = np.load(path)
+    o = load(path)
     value = jax.jit(dorefa.quantize_gradient)(o["G"], int(o["bits"]), o["grad_noise"])
     np.testing.assert_allclose(value, o["Gq"], rtol=1e-10, atol=1e-14)
 

@@ -10,6 +10,7 @@ import pytest
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import ewgs
 from jaxvision.quant.ewgs import EWGSActivation, EWGSWeight
+from tests.arrays import load
 
 CASES = sorted((Path(__file__).parents[1] / "oracles" / "quantizers").glob("ewgs_*.npz"))
 each = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -33,7 +34,7 @@ def made(kind, o, tensor):
 @pytest.mark.parametrize("tensor", ["w", "x"])
 @each
 def test_official_values_and_gradients(path, tensor, x64):
-    o = np.load(path)
+    o = load(path)
     name, kind = {"w": ("W", EWGSWeight), "x": ("x", EWGSActivation)}[tensor]
     q = made(kind, o, tensor)
 
@@ -51,7 +52,7 @@ def test_official_values_and_gradients(path, tensor, x64):
 
 @each
 def test_official_start_of_the_output_scale(path, x64):
-    o = np.load(path)
+    o = load(path)
 
     def layer(x, w):
         return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID")

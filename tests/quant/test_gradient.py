@@ -10,16 +10,12 @@ import pytest
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import dorefa, gradient
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 CASES = sorted((ORACLES / "lbt").glob("grad_quant_[0-9].npz"))
 PIECEWISE = sorted((ORACLES / "lbt").glob("grad_quant_piecewise_*.npz"))
 GAMMA = jnp.asarray([0.7, 0.0, 0.0], jnp.float32)
-
-
-def load(path):
-    with np.load(path) as file:
-        return dict(file)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from jaxvision.quant.families import FAMILIES
 from jaxvision.quant.integer_products import INT32_MAX
 from jaxvision.quant.lbt import LBTActivation, LBTWeight
 from jaxvision.quant.lsq import LSQ
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "lbt"
 GEMM = sorted(ORACLES.glob("integer_gemm_*.npz"))
@@ -32,11 +33,6 @@ SHAPES = {
     "depthwise": (2, 1, 1, 6, (3, 3), (7, 7), 6, 6),
     "depthwise_dilated_twice": (1, 2, (2, 1), 3, (3, 3), (6, 6), 3, 6),
 }
-
-
-def load(path):
-    with np.load(path) as file:
-        return dict(file)
 
 
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time

@@ -10,16 +10,12 @@ import pytest
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import gradient, interval
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "lbt"
 INTERVAL = sorted(ORACLES.glob("interval_*.npz"))
 BOUND = sorted(ORACLES.glob("error_bound_*.npz"))
 DSGC = sorted(ORACLES.glob("dsgc_*.npz"))
-
-
-def load(path):
-    with np.load(path) as file:
-        return dict(file)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant.lbt import LBTActivation, LBTWeight
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "lbt"
 
@@ -34,7 +35,7 @@ def run(q, x, upstream):
 @cases("weight_quant_*.npz")
 def test_official_weights(path):
     """With a negative s the official weights change their sign with it, and ours stay: |s| in both places."""
-    o = np.load(path)
+    o = load(path)
     double = o["W"].dtype == np.float64
     with jax.enable_x64(double):
         q = LBTWeight(jnp.asarray(o["s"]), int(o["bits"]))
@@ -49,7 +50,7 @@ def test_official_weights(path):
 
 @cases("act_quant_*.npz")
 def test_official_inputs(path):
-    o = np.load(path)
+    o = load(path)
     with jax.enable_x64(True):
         q = LBTActivation(jnp.asarray(o["u"]), int(o["bits"]), signed=bool(o["signed"]))
         value, dx, du, codes, start = run(q, o["x"], o["upstream"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxvision.quant import log
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "igq_vit"
 
@@ -18,21 +19,21 @@ def cases(pattern):
 
 @cases("baseline_fq_log2_*.npz")
 def test_official_log2(path):
-    oracle = np.load(path)
+    oracle = load(path)
     x_hat = log.Log2Quantizer(jnp.int32(oracle["bits"]))(oracle["x"], 2)
     np.testing.assert_allclose(x_hat, oracle["dequantized"], rtol=1e-5)
 
 
 @cases("baseline_repq_logsqrt2_*.npz")
 def test_official_log_sqrt2(path):
-    oracle = np.load(path)
+    oracle = load(path)
     x_hat = log.LogSqrt2Quantizer(jnp.asarray(oracle["delta"]), jnp.int32(oracle["bits"]))(oracle["x"], 2)
     np.testing.assert_allclose(x_hat, oracle["dequantized"], rtol=1e-5)
 
 
 @cases("baseline_ptq4vit_twin_softmax_*.npz")
 def test_official_twin_softmax_adds_both_ranges_and_the_method_does_not(path):
-    oracle = np.load(path)
+    oracle = load(path)
     a, split, bits = oracle["attention"], oracle["split"], int(oracle["bits"])
     literal = log.TwinSoftmaxQuantizer(split, jnp.int32(bits), official_sum=True)(a, 3)
     np.testing.assert_allclose(literal, oracle["a_hat"], rtol=1e-5, atol=1e-7)
@@ -42,7 +43,7 @@ def test_official_twin_softmax_adds_both_ranges_and_the_method_does_not(path):
 
 @cases("baseline_ptq4vit_twin_gelu_*.npz")
 def test_official_twin_gelu(path):
-    oracle = np.load(path)
+    oracle = load(path)
     quantizer = log.TwinGeluQuantizer(
         oracle["act_scale"][0], np.float32(oracle["negative_scale"]), jnp.int32(oracle["bits"])
     )

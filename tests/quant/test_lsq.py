@@ -9,13 +9,14 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant.lsq import LSQ
+from tests.arrays import load
 
 CASES = sorted((Path(__file__).parents[1] / "oracles" / "quantizers").glob("lsq_*.npz"))
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_oracle(path):
-    o = {name: np.asarray(value) for name, value in np.load(path).items()}
+    o = {name: np.asarray(value) for name, value in load(path).items()}
     per_channel = bool(o["per_channel"])
     if per_channel:  # channels last
         o = {name: np.moveaxis(a, 0, -1) if a.ndim == 4 else a for name, a in o.items()}

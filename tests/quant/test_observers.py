@@ -7,6 +7,7 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import observers
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "igq_vit"
 BY_NAME = {
@@ -26,7 +27,7 @@ def cases(pattern):
 
 @cases("baseline_fq_[!l]*.npz")
 def test_official_fq_vit_observer(path):
-    oracle = np.load(path)
+    oracle = load(path)
     observer = BY_NAME[path.stem.split("_")[2]]
     channels = oracle["batches"].shape[-1] if oracle["per_channel"] else None
     scale, zero = observers.observe(observer, oracle["batches"], int(oracle["bits"]), channels)

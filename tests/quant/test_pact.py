@@ -9,6 +9,7 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant.pact import PACT
+from tests.arrays import load
 
 CASES = sorted((Path(__file__).parents[1] / "oracles" / "quantizers").glob("pact_*.npz"))
 
@@ -19,7 +20,7 @@ def test_there_are_oracles():
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_oracle(path):
-    o = np.load(path)
+    o = load(path)
     with jax.enable_x64(True):
         q = PACT(jnp.asarray(o["alpha"]), int(o["bits"]))
 

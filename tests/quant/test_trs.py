@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxvision.quant.trs import TRSActivation, TRSWeight
+from tests.arrays import load
 
 CASES = sorted((Path(__file__).parents[1] / "oracles" / "trs").glob("quantizer_*.npz"))
 each = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -37,7 +38,7 @@ def test_there_are_oracles():
 
 @each
 def test_official_weights(path, x64):
-    o = np.load(path)
+    o = load(path)
     q = TRSWeight(jnp.asarray(o["s"]), int(o["bits"]), symmetric=bool(o["symmetric"]))
     value, dw, ds, codes, distance = run(q, o["W"], o["upstream_w"])
     np.testing.assert_allclose(value, o["Wq"], rtol=1e-10)
@@ -49,7 +50,7 @@ def test_official_weights(path, x64):
 
 @each
 def test_official_inputs(path, x64):
-    o = np.load(path)
+    o = load(path)
     q = TRSActivation(jnp.asarray(o["a"]), int(o["bits"]))
     value, dx, da, *_ = run(q, o["x"], o["upstream_x"])
     np.testing.assert_allclose(value, o["xq"], rtol=1e-10)
@@ -59,7 +60,7 @@ def test_official_inputs(path, x64):
 
 @each
 def test_float32_and_traced_bits(path):
-    o = np.load(path)
+    o = load(path)
     q = TRSWeight(jnp.float32(o["s"]), jnp.int32(o["bits"]), symmetric=bool(o["symmetric"]))
     codes, distance = jax.jit(lambda q, w: (q.codes(w), q.mean_distance_to_transition(w)))(q, np.float32(o["W"]))
     assert (np.asarray(codes) != o["code"]).mean() <= 1e-2

@@ -9,6 +9,7 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import uniform
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "igq_vit"
 CASES = sorted(ORACLES.glob("uniform_quantizer_*.npz"))
@@ -34,7 +35,7 @@ def test_there_are_oracles():
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_oracle_in_float64_is_exact(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     scale, zero, codes, dequantized, faked = run(oracle, jnp.float64)
     np.testing.assert_array_equal(scale, oracle["scale"])
     np.testing.assert_array_equal(zero, oracle["zero_point"])
@@ -45,7 +46,7 @@ def test_oracle_in_float64_is_exact(path, x64):
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_oracle_in_float32(path):
-    oracle = np.load(path)
+    oracle = load(path)
     scale, zero, codes, dequantized, _ = run(oracle, jnp.float32)
     np.testing.assert_allclose(scale, oracle["scale"], rtol=1e-6)
     np.testing.assert_allclose(zero, oracle["zero_point"], rtol=1e-6)

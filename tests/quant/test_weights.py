@@ -11,6 +11,7 @@ from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import uniform, weights
 from jaxvision.quant.weights import WeightPolicy
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "igq_vit"
 CASES = sorted(ORACLES.glob("weight_quant_*.npz"))
@@ -28,7 +29,7 @@ def policy_of(oracle):
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_oracle_in_float64(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     kernel = jnp.asarray(oracle["weight"].T)
     lower, upper = weights.weight_interval(kernel, policy_of(oracle))
     np.testing.assert_allclose(lower, oracle["lower"], rtol=1e-12)
@@ -42,7 +43,7 @@ def test_oracle_in_float64(path, x64):
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_oracle_in_float32(path):
-    oracle = np.load(path)
+    oracle = load(path)
     tensor = weights.quantize_tensor(jnp.asarray(oracle["weight"].T, jnp.float32), policy_of(oracle))
     different = np.asarray(tensor.codes.T) != oracle["codes"]
     assert different.sum() <= max(1, 1e-3 * different.size)
@@ -52,7 +53,7 @@ def test_oracle_in_float32(path):
 
 @pytest.mark.parametrize("path", sorted(ORACLES.glob("baseline_repq_uniform_*.npz")), ids=lambda p: p.stem)
 def test_percentile_search_is_repq(path):
-    oracle = np.load(path)
+    oracle = load(path)
     x, bits = oracle["x"], int(oracle["bits"])
     if oracle["per_channel"]:
         found = weights.percentile_search(x.T if x.ndim == 2 else x.reshape(-1, x.shape[-1]), bits)

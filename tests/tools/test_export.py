@@ -10,7 +10,7 @@ from jaxvision.core.config import Config
 from jaxvision.engine.quantization import build_network
 from jaxvision.models import integer_file, stablehlo, weight_file, zoo
 from jaxvision.tools import export
-from tests.models.networks import quick_jit
+from tests.quickly import quick_jit
 
 SETTINGS = {"depth": 8, "width_multiplier": 0.25}
 QUANTIZATION = {

@@ -103,11 +103,11 @@ def make(config: Config) -> Task:
 
     def load(state: State) -> State:
         networks.check_scales(built, model)
-        start = dict(state.extra[arms.START])
-        member = start.pop(MEMBER)
-        one = model.load(jax.tree.map(lambda leaf: np.asarray(leaf)[0], start))
-        copies = jax.tree.map(lambda leaf: np.stack([leaf] * len(choices.seeds)), one)
-        return state.replace(extra={arms.START: {**copies, MEMBER: member}})
+        return arms.load_start(load_one, state)
+
+    def load_one(start: Mapping[str, Any]) -> dict[str, Any]:
+        fresh = {name: tree for name, tree in start.items() if name != MEMBER}
+        return {**model.load(fresh), MEMBER: start[MEMBER]}
 
     made = functools.partial(
         report.make,

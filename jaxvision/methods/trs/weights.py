@@ -13,6 +13,7 @@ from jaxvision.core import trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import arms, parallel
+from jaxvision.engine import seeds as seed_axis
 from jaxvision.engine.recipes import Data, Model, build_model
 from jaxvision.engine.task import State
 from jaxvision.methods.trs.training import Trainer
@@ -85,14 +86,14 @@ class Start:
     Attributes:
       path: the weights file; "": none.
       fresh: key -> variables of the network, before anything is trained or loaded.
-      read: () -> the file's variables on the host; None without a file.
+      read: fresh variables of a seed -> the file's, with those that ``init_keep`` keeps; None without a file.
       trainers: the arms.
       seeds: of the run.
     """
 
     path: str
     fresh: Callable[[Any], Any]
-    read: Callable[[], Any] | None
+    read: Callable[[Any], Any] | None
     trainers: tuple[Trainer, ...]
     seeds: tuple[int, ...]
 
@@ -108,10 +109,8 @@ class Start:
         """The start of a run; ``model`` and ``quantized`` are what :func:`load_model` gives."""
         if quantized is not None:
             variables = load_quantized(path, quantized, trainers, model)
-            return cls(path, trainers[0].fresh, lambda: variables, trainers, seeds)
-        # What init_keep keeps fresh is drawn from the first seed.
-        read = lambda: model.load(_fresh(model, seeds[0]))  # noqa: E731
-        return cls(path, model.init, None if model.pretrained is None else read, trainers, seeds)
+            return cls(path, trainers[0].fresh, lambda fresh: variables, trainers, seeds)
+        return cls(path, model.init, None if model.pretrained is None else model.load, trainers, seeds)
 
     def init(self, key: Any) -> State:
         """See :class:`jaxvision.engine.task.Task`."""
@@ -119,18 +118,9 @@ class Start:
 
     def load(self, state: State) -> State:
         """Every seed starts from the file's variables; raises ConfigError where a scale would start at 0."""
-        variables = self.read()
-        check_scales(variables, self.trainers, self.path)
-        stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(self.seeds), *np.shape(leaf))), variables)
-        return state.replace(extra={**state.extra, arms.START: stacked})
-
-
-def _fresh(model: Model, seed: int) -> Any:
-    """A float network's variables before training; where the file replaces them all, their shapes do."""
-    key = jax.random.key(seed)
-    if not model.kept:
-        return jax.eval_shape(model.init, key)
-    return jax.jit(model.init, compiler_options=parallel.compiler_options(0))(key)
+        loaded = arms.load_start(self.read, state)
+        check_scales(seed_axis.member(loaded.extra[arms.START], 0), self.trainers, self.path)
+        return loaded
 
 
 def check_scales(variables: Any, trainers: tuple[Trainer, ...], path: str) -> None:

@@ -16,7 +16,9 @@ from jaxvision.losses.calibration import cross_entropy, implied_smoothing
 from jaxvision.methods.acls.acls import acls_logit_gradient, acls_loss, acls_metrics, smoothing_function
 from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 from jaxvision.optim import optimizers
-from tests.losses.oracle import FOLDER, check, compiled, load, quick_jit
+from tests.arrays import load
+from tests.losses.oracle import FOLDER, check, compiled
+from tests.quickly import quick_jit
 
 KEYS = ("margin", "lambda_top", "lambda_rest", "alpha")
 CASES = {f"acls_loss_{k}": load(FOLDER / "acls" / f"acls_loss_{k}.npz") for k in range(7)}

@@ -8,9 +8,10 @@ from jaxvision.engine.calibration_arms import MONITOR
 from jaxvision.engine.calibration_names import parse
 from jaxvision.methods.acls import task
 from jaxvision.methods.acls.acls import acls_metrics
+from tests.arrays import load
 from tests.engine.test_calibration_comparison import task as build
 from tests.engine.test_calibration_comparison import untrained
-from tests.losses.oracle import quick_jit
+from tests.quickly import quick_jit
 
 
 def test_acls_arms_alone_are_monitored_at_their_own_margin():
@@ -33,7 +34,7 @@ def test_the_table_of_logits(tmp_path):
     assert [line[0] for line in lines] == ["ce", "acls(margin=0.25)"] and [line[1] for line in lines] == ["-", "0.25"]
     assert lines[0][2:] == lines[1][2:]  # the same untrained network, at the same margin
     made.files["logits_ce.npz"](tmp_path / "logits.npz")
-    logits = np.load(tmp_path / "logits.npz")["logits"]
+    logits = load(tmp_path / "logits.npz")["logits"]
     assert made.summary["ce/top_logit"] == pytest.approx(logits.max(-1).mean(), rel=1e-5)
     assert lines[0][5] == f"{100 * (logits.max(-1) > 0.25).mean():.1f}"
     assert {"smoothing", "logits"} <= {figure.name for figure in made.figures}

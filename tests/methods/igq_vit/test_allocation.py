@@ -10,13 +10,14 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.igq_vit import allocation
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "igq_vit"
 
 
 @pytest.mark.parametrize("path", sorted(ORACLES.glob("perturbation_*.npz")), ids=lambda p: p.stem)
 def test_perturbation_oracle(path):
-    oracle = np.load(path)
+    oracle = load(path)
     with jax.enable_x64(True):
         kl = np.asarray(allocation.kl_divergence(oracle["logits_fp"], oracle["logits_q"]))
     np.testing.assert_allclose(kl, oracle["kl"], rtol=1e-9)
@@ -34,7 +35,7 @@ def test_kl_is_zero_for_equal_predictions_and_finite_for_extreme_ones():
 @pytest.mark.parametrize("solver", allocation.SOLVERS)
 @pytest.mark.parametrize("path", sorted(ORACLES.glob("allocate_*.npz")), ids=lambda p: p.stem)
 def test_allocation_oracle(path, solver):
-    oracle = np.load(path)
+    oracle = load(path)
     psi, cost, budget = oracle["perturbation"], oracle["cost"], float(oracle["budget"])
     choice = allocation.allocate(psi, cost, budget, solver=solver)
     assert allocation.total(cost, choice) <= budget

@@ -6,6 +6,7 @@ import pytest
 
 from jaxvision.methods.igq_vit.baselines import ptq4vit_search as ps
 from jaxvision.quant import log
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "igq_vit"
 
@@ -22,7 +23,7 @@ def flat(x):
 
 @cases("baseline_ptq4vit_*_linear_*.npz")
 def test_official_linear_search(path):
-    o = np.load(path)
+    o = load(path)
     metric = "cosine" if "_base_" in path.stem else "hessian"
     search = ps.Search(float(o["alpha"]), float(o["beta"]), int(o["steps"]), int(o["search_rounds"]), metric)
     bits = int(o["bits"])
@@ -41,7 +42,7 @@ def test_official_linear_search(path):
 
 @cases("baseline_ptq4vit_twin_gelu_*.npz")
 def test_official_twin_gelu_search(path):
-    o = np.load(path)
+    o = load(path)
     bits = int(o["bits"])
     kernel = o["weight"].T
     scales, scale = ps.search_linear(flat(o["x"]), kernel, o["bias"], flat(o["grad"]), bits, bits, form="twin_gelu")
@@ -56,7 +57,7 @@ def test_official_twin_gelu_search(path):
 
 @cases("baseline_ptq4vit_twin_softmax_*.npz")
 def test_official_twin_softmax_search(path):
-    o = np.load(path)
+    o = load(path)
     bits = int(o["bits"])
     split, scales = ps.search_attention(o["attention"], o["v"], o["grad"], bits, official_sum=True)
     assert float(split) == float(o["split"])

@@ -11,6 +11,7 @@ from jaxvision.methods.igq_vit.calibration import Calibration
 from jaxvision.models.swin import Swin
 from jaxvision.models.vit import ViT
 from jaxvision.quant import log, uniform, weights
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "igq_vit"
 
@@ -23,7 +24,7 @@ def cases(pattern):
 
 @cases("baseline_repq_uniform_*.npz")
 def test_official_interval_search(path):
-    o = np.load(path)
+    o = load(path)
     x, bits = o["x"], int(o["bits"])
     if o["per_channel"] and x.ndim == 2:
         x = x.T  # a weight: the first axis are its channels
@@ -38,7 +39,7 @@ def test_official_interval_search(path):
 
 @cases("baseline_repq_logsqrt2_*.npz")
 def test_official_log_sqrt2_search(path):
-    o = np.load(path)
+    o = load(path)
     delta = repq.log_sqrt2_delta(o["x"], int(o["bits"]))
     np.testing.assert_allclose(delta, o["delta"], rtol=1e-5)
     np.testing.assert_allclose(log.log_sqrt2_quantize(o["x"], delta, int(o["bits"])), o["dequantized"], rtol=1e-5)
@@ -51,7 +52,7 @@ def norm(x, scale, bias):
 
 @cases("baseline_repq_reparam_*.npz")
 def test_official_reparameterisation(path):
-    o = np.load(path)
+    o = load(path)
     new = repq.reparameterize(
         {"scale": o["ln_weight"], "bias": o["ln_bias"]},
         {"kernel": o["weight"].T, "bias": o["bias"]},

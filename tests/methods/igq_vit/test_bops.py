@@ -8,12 +8,13 @@ import pytest
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.igq_vit import bops
 from jaxvision.methods.igq_vit.sites import Site
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "igq_vit"
 
 
 def test_oracle():
-    oracle = np.load(ORACLES / "bops_1.npz")
+    oracle = load(ORACLES / "bops_1.npz")
     for values in oracle["rows"]:
         row = dict(zip(oracle["columns"].tolist(), values.tolist()))
         n, c, d, h, g, bw, ba = (int(row[key]) for key in ("N", "C", "D", "H", "G", "bw", "ba"))

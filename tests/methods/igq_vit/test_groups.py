@@ -12,6 +12,7 @@ from jaxvision.methods.igq_vit import groups
 from jaxvision.methods.igq_vit.groups import InstanceGroupQuantizer
 from jaxvision.quant import uniform, weights
 from jaxvision.quant.activation import AffineQuantizer, DynamicGroupQuantizer
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "igq_vit"
 
@@ -33,7 +34,7 @@ def x64():
 
 @cases("assign_*.npz")
 def test_assign_oracle(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     ranges, bounds = jnp.asarray(oracle["channel_range"]), jnp.asarray(oracle["bounds"])
     if "x" in oracle:
         np.testing.assert_array_equal(groups.channel_range(jnp.asarray(oracle["x"])), ranges)
@@ -45,7 +46,7 @@ def test_assign_oracle(path, x64):
 
 @cases("calibrate_[1-4]*.npz")
 def test_calibrate_oracle(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     samples, count, iters = jnp.asarray(oracle["samples"]), int(oracle["groups"]), int(oracle["iterations"])
     initial = jnp.asarray(oracle["initial"]) if "initial" in oracle else None
     if initial is None:
@@ -60,7 +61,7 @@ def test_calibrate_oracle(path, x64):
 
 @cases("calibrate_[1-4]*.npz")
 def test_calibrate_oracle_in_float32(path):
-    oracle = np.load(path)
+    oracle = load(path)
     initial = jnp.asarray(oracle["initial"], jnp.float32) if "initial" in oracle else None
     samples = jnp.asarray(oracle["samples"], jnp.float32)
     found = groups.calibrate_bounds(samples, int(oracle["groups"]), int(oracle["iterations"]), initial=initial)
@@ -92,7 +93,7 @@ def test_softmax_rows_pooled_over_heads_or_for_each_head(x64):
 
 @cases("igq_linear_*.npz")
 def test_igq_linear_oracle(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     x, bounds, bits = jnp.asarray(oracle["x"]), jnp.asarray(oracle["bounds"]), int(oracle["act_bits"])
     clip = bool(oracle["clip_zero_point"])
     scale, zero = uniform.affine_params(bounds[:, 0], bounds[:, 1], bits, clip_zero_point=clip)
@@ -113,7 +114,7 @@ def test_igq_linear_oracle(path, x64):
 
 @cases("igq_softmax_*.npz")
 def test_igq_softmax_oracle(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     attention, bounds, bits = jnp.asarray(oracle["attention"]), jnp.asarray(oracle["bounds"]), int(oracle["bits"])
     quantizer = InstanceGroupQuantizer.create(bounds, bits, axis="rows")
     np.testing.assert_array_equal(quantizer.groups(attention, len(attention)), oracle["group"])
@@ -127,7 +128,7 @@ def test_igq_softmax_oracle(path, x64):
 
 @cases("igq_linear_*.npz")
 def test_igq_linear_oracle_in_float32(path):
-    oracle = np.load(path)
+    oracle = load(path)
     x, bounds = (jnp.asarray(oracle[name], jnp.float32) for name in ("x", "bounds"))
     quantizer = InstanceGroupQuantizer.create(bounds, int(oracle["act_bits"]))
     np.testing.assert_array_equal(quantizer.groups(x, len(x)), oracle["group"])

@@ -13,6 +13,7 @@ from jaxvision.methods.igq_vit import sites as sites_lib
 from jaxvision.models.vit import ViT
 from jaxvision.quant import uniform, weights
 from jaxvision.quant.activation import AffineQuantizer
+from tests.arrays import load
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "igq_vit"
 
@@ -39,7 +40,7 @@ def masked_linear_int(codes, group, scale, zero, weight, bias):
 
 @cases("igq_linear_*.npz")
 def test_linear_oracle(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     policy = weights.WeightPolicy(int(oracle["weight_bits"]), "percentile", float(oracle["epsilon_percent"]))
     weight = weights.quantize_tensor(jnp.asarray(oracle["weight"].T), policy)
     np.testing.assert_array_equal(weight.codes.T, oracle["w_codes"])
@@ -59,7 +60,7 @@ def test_linear_oracle(path, x64):
 
 @cases("igq_softmax_*.npz")
 def test_attention_oracle(path, x64):
-    oracle = np.load(path)
+    oracle = load(path)
     bits = int(oracle["bits"])
     quantizer = groups.InstanceGroupQuantizer.create(oracle["bounds"], bits, axis="rows")
     values = AffineQuantizer.from_interval(oracle["v_lower"], oracle["v_upper"], bits)

@@ -14,6 +14,7 @@ from jaxvision.models import torch_import
 from jaxvision.models.swin import Swin
 from jaxvision.models.vit import ViT
 from jaxvision.quant import weights
+from tests import arrays
 
 ORACLES = Path(__file__).parents[2] / "oracles"
 NETWORKS = sorted((ORACLES / "igq_vit").glob("network_*.npz"))
@@ -22,8 +23,8 @@ NETWORKS = sorted((ORACLES / "igq_vit").glob("network_*.npz"))
 @functools.cache
 def load(network, dtype):
     """Module and variables of an architecture oracle (``vit_1``, ``swin_1`` ...); one module, so one compilation."""
-    stored = np.load(ORACLES / "vit_models" / f"{network}.npz")
-    meta = {key.removeprefix("meta_"): stored[key] for key in stored.files if key.startswith("meta_")}
+    stored = arrays.load(ORACLES / "vit_models" / f"{network}.npz")
+    meta = {key.removeprefix("meta_"): stored[key] for key in stored if key.startswith("meta_")}
     common = {
         "num_classes": int(meta["num_classes"]),
         "patch_size": int(meta["patch_size"]),
@@ -41,7 +42,7 @@ def load(network, dtype):
         name = "vit_tiny_patch16_224"
     image = jnp.asarray(np.moveaxis(stored["input_nchw"][:1], 1, -1))
     template = jax.eval_shape(module.init, jax.random.key(0), image)
-    state = {key.removeprefix("w/"): stored[key] for key in stored.files if key.startswith("w/")}
+    state = {key.removeprefix("w/"): stored[key] for key in stored if key.startswith("w/")}
     variables = torch_import.convert(name, state, template)
     return module, jax.tree.map(lambda leaf: np.asarray(leaf, dtype), variables)
 
@@ -52,7 +53,7 @@ def ours(name):
 
 @pytest.mark.parametrize("path", NETWORKS, ids=lambda p: p.stem)
 def test_oracle_in_float64(path):
-    oracle = np.load(path)
+    oracle = arrays.load(path)
     with jax.enable_x64(True):
         module, variables = load(str(oracle["network"]), jnp.float64)
         calibration, images = (np.moveaxis(oracle[f"{key}_nchw"], 1, -1) for key in ("calibration", "input"))
@@ -71,7 +72,7 @@ def test_oracle_in_float64(path):
             for s in sites
             if not s.grouped
         }
-        expected = {key.partition("/")[2]: oracle[key] for key in oracle.files if "/" in key}
+        expected = {key.partition("/")[2]: oracle[key] for key in oracle if "/" in key}
         assert {ours(name) for name in expected} == {site.name for site in sites}
         for name, value in expected.items():
             found = bounds[name][0] if name in bounds else np.asarray(intervals[ours(name)])
@@ -89,11 +90,11 @@ def test_oracle_in_float64(path):
 
 
 def test_oracle_in_float32():
-    oracle = np.load(NETWORKS[2])
+    oracle = arrays.load(NETWORKS[2])
     module, variables = load(str(oracle["network"]), jnp.float32)
     images = np.moveaxis(oracle["input_nchw"], 1, -1).astype(np.float32)
     sites = sites_lib.list_sites(module.apply, variables, images.shape[1:])
-    stored = {ours(k.partition("/")[2]): oracle[k].astype(np.float32) for k in oracle.files if "/" in k}
+    stored = {ours(k.partition("/")[2]): oracle[k].astype(np.float32) for k in oracle if "/" in k}
     made = quantizers.igq_quantizers(sites, stored, stored, int(oracle["act_bits"]))
     policy = weights.WeightPolicy(int(oracle["weight_bits"]), "percentile", float(oracle["epsilon_percent"]))
     rounded = {"params": weights.quantize_params(variables["params"], policy)[0]}

@@ -9,7 +9,9 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.rankmixup.rankmixup import mndcg_loss, mrl_loss, ranking_metrics
-from tests.losses.oracle import FOLDER, check, load, quick_jit
+from tests.arrays import load
+from tests.losses.oracle import FOLDER, check
+from tests.quickly import quick_jit
 
 MRL = [load(FOLDER / "rankmixup" / f"mrl_{k}.npz") for k in range(4)]
 MNDCG = [load(FOLDER / "rankmixup" / f"mndcg_{k}.npz") for k in range(5)]

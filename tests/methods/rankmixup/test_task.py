@@ -15,10 +15,12 @@ from jaxvision.methods.rankmixup import report, task, training
 from jaxvision.methods.rankmixup.views import Views, mix_with
 from jaxvision.models.mixing import soft_targets
 from jaxvision.optim import optimizers
+from tests.arrays import load
 from tests.engine.test_calibration_comparison import task as build
 from tests.engine.test_calibration_comparison import untrained
-from tests.losses.oracle import FOLDER, check, load, quick_jit
+from tests.losses.oracle import FOLDER, check
 from tests.methods.rankmixup.test_views import TinyNet, variables
+from tests.quickly import quick_jit
 
 
 @pytest.mark.parametrize("k", [0, 1])

@@ -14,7 +14,9 @@ from jaxvision.methods.rankmixup.views import Views, forward_twice, mix_with, mi
 from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 from jaxvision.models.mixing import soft_targets
 from jaxvision.optim import optimizers
-from tests.losses.oracle import FOLDER, check, load, quick_jit
+from tests.arrays import load
+from tests.losses.oracle import FOLDER, check
+from tests.quickly import quick_jit
 
 B, K = 8, 5
 

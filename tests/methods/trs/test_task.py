@@ -17,6 +17,7 @@ from jaxvision.methods.trs import optimizers, training, weights
 from jaxvision.methods.trs.variants import parse
 from jaxvision.models import weight_file, zoo
 from jaxvision.optim import schedules
+from tests.quickly import quick_jit
 
 CONFIGS = importlib.import_module("configs.trs")
 IMAGENET = [name for name in CONFIGS.PRESETS if name.startswith("imagenet")]
@@ -159,8 +160,8 @@ def test_a_quantized_file_goes_on_where_it_ended(tmp_path):
     built = task(model__init_from=path, seeds=(0, 1), arms=("sgd",), export="")
     assert [stage.name for stage in built.stages] == ["sgd"]
     key = jax.random.key(0)
-    state = built.load(jax.eval_shape(built.init, key)).replace(step=jnp.int32(0))
-    begun = jax.jit(built.stages[0].begin, compiler_options={"xla_backend_optimization_level": 0})(state, key)
+    state = built.load(quick_jit(built.init)(key))
+    begun = quick_jit(built.stages[0].begin)(state, key)
     assert all(np.all(np.asarray(leaf) == 0.5) for leaf in jax.tree.leaves(begun.params))
 
 
@@ -202,7 +203,7 @@ def test_a_scale_that_would_start_at_zero_is_refused(tmp_path):
     weight_file.save_variables(path, variables, {"model": "resnet20", "num_classes": 10})
     built = task(model__init_from=str(path), arms=("sgd",), export="", calibration_images=16)
     with pytest.raises(ConfigError, match=r"layer3_0/conv2/kernel_scale of the arm 'sgd' starts at 0, as what it is"):
-        built.load(jax.eval_shape(built.init, jax.random.key(0)))
+        built.load(quick_jit(built.init)(jax.random.key(0)))
 
 
 def test_merging_keeps_what_only_the_fresh_variables_have():
