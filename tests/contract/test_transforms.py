@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from jaxvision.optim import (
 )
 from tests.quickly import quick_jit
 
+ROOT = Path(__file__).parents[2]
 STEPS = 3
 
 
@@ -267,7 +269,8 @@ def as_lists(params, states):
 
 def test_one_and_eight_devices_agree(whole):
     """Integers (codes, counts) exactly, floats to the order in which the norm of the clip is summed."""
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     devices, sharded = json.loads(done.stdout.splitlines()[-1])
