@@ -64,7 +64,7 @@ class Space(Protocol):
         ...
 
     def scorer(self, resolution: int, batch_size: int) -> Callable[[Architecture, Any], Scores]:
-        """``(architecture, key) -> scores`` of the compiled proxies; the weights, input and probes come from the key."""
+        """``(architecture, key) -> scores``, compiled; weights, input and probes come from the key."""
         ...
 
     def model(self, architecture: Architecture) -> tuple[str, dict[str, Any]]:
