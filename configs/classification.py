@@ -68,10 +68,10 @@ def digits() -> ConfigDict:
 
 
 def smoke() -> ConfigDict:
-    """Every part of the recipe for a few steps, on a network of a thousand parameters."""
+    """Every part of the recipe for a few steps, on a network of four layers."""
     config = base(
         common.digits(batch_size=64, eval_batch_size=128, augment={"crop_padding": 1, "erasing": 0.25}),
-        common.model("resnet20", settings={"depth": 8, "width_multiplier": 0.25}),
+        common.tiny_cnn(),
         common.optimizer(
             "adamw", 3e-3, weight_decay=0.05, no_decay=(r"(^|/)(bias|scale)$",), clip_norm=1.0, accumulate=2
         ),

@@ -106,6 +106,11 @@ def model(name: str, *, settings: dict | None = None, **changes) -> ConfigDict:
     return _update(ConfigDict(block), changes)
 
 
+def tiny_cnn() -> ConfigDict:
+    """The network of the smoke presets: three convolutions of four channels and a matrix, compiled in a moment."""
+    return model("plain_cnn", settings={"features": (4, 4, 4), "strides": (1, 2, 1), "dilations": (1, 1, 1)})
+
+
 def optimizer(name: str, lr: float, *, schedule: dict | None = None, **changes) -> ConfigDict:
     """An ``optimizer`` block; ``schedule`` changes fields of its block of that name (default: cosine to 0)."""
     block = ConfigDict(

@@ -108,7 +108,7 @@ def digits() -> ConfigDict:
 
 
 def smoke() -> ConfigDict:
-    """Two arms for a few steps, on a network of a thousand parameters of which two layers are quantized.
+    """Two arms for a few steps, on four layers of which two are quantized.
 
     Eight devices sum in another order than one, so that codes flip: with these values they flip without consequences.
     """
@@ -117,10 +117,9 @@ def smoke() -> ConfigDict:
         config.seeds = (0, 1)
         config.epochs = 0.3
         config.arms = ("dsgc", "lbt")
-        config.quantization.float_layers = (r"^layer2_", r"^layer3_")
+        config.model = common.tiny_cnn()
         config.gradient_bits, config.interval.alphas = (4, 3), (0.2,)
         config.search.every, config.search.points, config.interval.start = 4, 3, "one"
-        config.model.settings.width_multiplier = 0.25
         config.data.eval_batch_size = 128
         config.optimizer.lr = 1e-4
         config.log_every, config.save_every = 3, 6

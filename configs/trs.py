@@ -139,8 +139,8 @@ def smoke() -> ConfigDict:
         config.epochs = 0.5
         config.float.epochs = 0.5
         config.grid.sgd, config.grid.adam = (0.01, 0.02), (1e-3,)
-        config.model.settings.width_multiplier = 0.25
-        config.quantization.float_layers = ("^conv1/", "^linear/", "^layer[12]_")
+        config.model = common.tiny_cnn()
+        config.quantization.float_layers = ("^conv1/", "^fc/")
         config.data.update({"train_size": 512, "validation_size": 256})
         config.log_every, config.tensorboard = 2, False
         config.export = "adamt_1e-2"

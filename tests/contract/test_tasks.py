@@ -7,7 +7,6 @@ continued ends bit for bit as the uninterrupted one, one and eight devices agree
 import dataclasses
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from jaxvision.engine.options import Options
 from jaxvision.engine.plan import Plan
 from jaxvision.engine.progress import Progress
 from jaxvision.main import make_task
+from tests.devices import environment
 from tests.engine.tiny import StopAt
 
 SMOKE = ("acls", "classification", "igq_vit", "lbt", "rankmixup", "trs")
@@ -175,13 +175,8 @@ print(json.dumps(result.rows))
 @pytest.mark.parametrize("name", SMOKE)
 def test_one_and_eight_devices_agree(name, finished):
     """Losses and metrics to 1 %: sums are taken in another order, and near ties a rounded code may flip."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
     command = [sys.executable, "-c", EIGHT, name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     one = finished(name).rows

@@ -4,12 +4,10 @@ Run as a program, the file prints the states that three steps of all cases end i
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,9 +27,8 @@ from jaxvision.optim import (
     sgdt,
     with_transition_rate,
 )
-from tests.quickly import quick_jit
+from tests.devices import environment
 
-ROOT = Path(__file__).parents[2]
 STEPS = 3
 
 
@@ -145,7 +142,7 @@ def run_all(place=lambda tree: tree):
     params, gradients, extra = problem()
     params = {name: place(params) for name in CASES}
     init = jax.jit(lambda params: {name: case.make().init(params[name]) for name, case in CASES.items()})
-    states, step = init(params), quick_jit(step_all)
+    states, step = init(params), jax.jit(step_all)
     for t in range(STEPS):
         params, states = step(params, states, place(at(gradients, t)), extra | {"loss": jnp.float32(t)})
     return params, states, step._cache_size()
@@ -269,9 +266,7 @@ def as_lists(params, states):
 
 def test_one_and_eight_devices_agree(whole):
     """Integers (codes, counts) exactly, floats to the order in which the norm of the clip is summed."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, __file__], env=environment(8), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     devices, sharded = json.loads(done.stdout.splitlines()[-1])
     assert devices == 8

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.devices import environment
+
 ROOT = Path(__file__).parents[2]
 
 
-def jaxvision(*arguments, timeout=280, **environment):
+def jaxvision(*arguments, timeout=280, **variables):
     """Runs ``python -m jaxvision.main``; gives the finished process."""
     return subprocess.run(
         [sys.executable, "-m", "jaxvision.main", *map(str, arguments)],
@@ -20,7 +22,7 @@ def jaxvision(*arguments, timeout=280, **environment):
         text=True,
         cwd=ROOT,
         timeout=timeout,
-        env={**os.environ, **environment},
+        env={**os.environ, **variables},
     )
 
 
@@ -105,8 +107,7 @@ def test_an_unwritable_workdir_is_exit_74(tmp_path):
 def test_a_sweep_is_one_command_and_one_table(tmp_path):
     command = [sys.executable, "launch/sweep.py", "--config=configs/classification.py:smoke", "--seeds=0,1"]
     command += [f"--workdir={tmp_path}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(1))
     assert done.returncode == 0, done.stderr
     assert " ± " in done.stdout
     assert (tmp_path / "sweep.md").exists()
@@ -125,7 +126,7 @@ def test_two_processes_over_loopback_train_the_same_run(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "run.json").read_text())["starts"][0]["processes"] == 2
-    one = jaxvision(*flags, f"--workdir={tmp_path / 'one'}", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    one = jaxvision(*flags, f"--workdir={tmp_path / 'one'}", **environment(2))
     assert one.returncode == 0, one.stderr
 
     def rows(name):

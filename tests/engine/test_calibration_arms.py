@@ -19,7 +19,6 @@ from jaxvision.losses.correctness_ranking import CorrectnessHistory, crl
 from jaxvision.metrics import Mean
 from jaxvision.models.mixing import blend, draw_pairs
 from jaxvision.models.plain_cnn import PlainCNN
-from tests.quickly import quick_jit
 
 K, N = 4, 8
 NETWORK = PlainCNN(K, features=(3,), strides=(2,), dilations=(1,))
@@ -50,7 +49,7 @@ class NoBatches:
 
 @functools.cache
 def initial(module):
-    return quick_jit(module.init)(jax.random.key(0), np.zeros((1, 4, 4, 1), np.float32))
+    return jax.jit(module.init)(jax.random.key(0), np.zeros((1, 4, 4, 1), np.float32))
 
 
 def begin(way, setting=None):
@@ -59,7 +58,7 @@ def begin(way, setting=None):
     return state.replace(extra={**state.extra, arms.SETTING: setting or {}})
 
 
-_forward = quick_jit(lambda variables, images: NETWORK.apply(variables, images, train=True, mutable=["batch_stats"])[0])
+_forward = jax.jit(lambda variables, images: NETWORK.apply(variables, images, train=True, mutable=["batch_stats"])[0])
 
 
 def train_logits(state, images):
@@ -92,8 +91,8 @@ def test_every_loss_steps_for_several_members(name):
 def test_mixup_sees_mixed_images_alone():
     way, rows = trainer("mixup"), batch()
     state = begin(way)
-    prepared = quick_jit(way.passes.prepare)(rows, jax.random.key(3))
-    pairs = quick_jit(lambda key: draw_pairs(key, N, 0.2))(jax.random.key(3))
+    prepared = jax.jit(way.passes.prepare)(rows, jax.random.key(3))
+    pairs = jax.jit(lambda key: draw_pairs(key, N, 0.2))(jax.random.key(3))
     np.testing.assert_array_equal(prepared["partner_label"], rows["label"][np.asarray(pairs.permutation)])
     mixed = blend(rows["image"], rows["image"][np.asarray(pairs.permutation)], pairs.lam)
     np.testing.assert_allclose(prepared["image"], mixed, rtol=1e-6)
@@ -106,7 +105,7 @@ def test_mixup_sees_mixed_images_alone():
 
 def test_regmixup_passes_both_halves_at_once():
     way, rows = trainer("regmixup(alpha=1.0,reduction=sum)"), batch()
-    prepared = quick_jit(way.passes.prepare)(rows, jax.random.key(3))
+    prepared = jax.jit(way.passes.prepare)(rows, jax.random.key(3))
     assert prepared["image"].shape == (2 * N, 4, 4, 1)
     np.testing.assert_array_equal(prepared["image"][:N], rows["image"])
     logits = jax.random.normal(jax.random.key(1), (2 * N, K))
@@ -121,7 +120,7 @@ def test_crl_remembers_what_was_right():
     """Two steps of two epochs: counts go to the rows' numbers, the clock starts with the arm."""
     way, rows = trainer("crl", per_epoch=1, offset=5), batch()
     state = begin(way)
-    step = quick_jit(way.step)
+    step = jax.jit(way.step)
     counts = np.zeros(N, np.int64)
     for index in range(2):
         history = CorrectnessHistory(jnp.asarray(counts, jnp.int32), jnp.asarray(max(index, 1), jnp.int32))
@@ -142,7 +141,7 @@ def test_pixels_without_a_label_dont_count():
     wild = logits.at[:, 0].set(jnp.nan)
     loss = way.loss({})
     np.testing.assert_allclose(loss(wild, way.targets(rows))[0], loss(logits, way.targets(rows))[0], rtol=1e-6)
-    metrics = quick_jit(way.evaluate)(state, {**rows, "mask": np.asarray([1.0] * 6 + [0.0] * 2, np.float32)})
+    metrics = jax.jit(way.evaluate)(state, {**rows, "mask": np.asarray([1.0] * 6 + [0.0] * 2, np.float32)})
     assert metrics["accuracy"].count == metrics["ece"].top.total == 6 * 12
 
 

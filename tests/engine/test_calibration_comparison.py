@@ -17,7 +17,6 @@ from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import measure
 from jaxvision.models import weight_file
 from tests.arrays import load
-from tests.quickly import quick_jit
 
 CONFIGS = importlib.import_module("configs.acls")
 
@@ -44,11 +43,11 @@ def task(name="acls", **changes):
 def untrained(built, tmp_path):
     """Results as if every arm had been trained for no steps."""
     key = jax.random.key(0)
-    state = quick_jit(built.init)(key)
+    state = jax.jit(built.init)(key)
     if built.load is not None:
         state = built.load(state)
     for stage in built.stages:
-        state = quick_jit(stage.begin)(state, key)
+        state = jax.jit(stage.begin)(state, key)
     return Results(jax.device_get(state), [], [], tmp_path)
 
 
@@ -144,7 +143,7 @@ def test_pretrained_weights_start_every_seed(tmp_path):
     path = tmp_path / "weights.safetensors"
     weight_file.save_variables(path, variables, {"model": "plain_cnn", "num_classes": 10})
     loaded = task(seeds=(3, 5), model__init_from=str(path), model__init_keep=("fc",))
-    start = loaded.load(quick_jit(loaded.init)(jax.random.key(0))).extra[arms.START]
+    start = loaded.load(jax.jit(loaded.init)(jax.random.key(0))).extra[arms.START]
     assert np.all(np.asarray(start["params"]["conv1"]["kernel"]) == 0.25)
     kernels = np.asarray(start["params"]["fc"]["kernel"])
     assert not np.any(kernels == 0.25) and np.any(kernels[0] != kernels[1])
@@ -179,8 +178,8 @@ def test_mistakes_are_one_sentence_before_anything_compiles(changes, message):
 def test_crl_remembers_the_examples_of_its_batches():
     built = task(arms=("crl",), seeds=(0,))
     stage, key = built.stages[0], jax.random.key(0)
-    state, batch = quick_jit(stage.begin)(quick_jit(built.init)(key), key), stage.data.batch_at(0)
-    new, _ = quick_jit(stage.step)(state, batch, key)
+    state, batch = jax.jit(stage.begin)(jax.jit(built.init)(key), key), stage.data.batch_at(0)
+    new, _ = jax.jit(stage.step)(state, batch, key)
     before, after = (each.extra["history"].correct_count[0] for each in (state, new))
     seen = np.zeros(512, bool)
     seen[batch["index"][:, 0]] = True

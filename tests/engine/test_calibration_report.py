@@ -1,7 +1,6 @@
 """Calibration in the engine: the metric in an evaluation on one and eight devices, the table, the figures."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ import json
 import jax, numpy as np
 from jaxvision.engine import evaluate, parallel
 from jaxvision.metrics.calibration_sums import Calibration, Confidences
+from tests.devices import environment
 
 generator = np.random.default_rng(0)
 logits = (generator.normal(size=(50, 5)) * 3).astype(np.float32)
@@ -48,10 +48,7 @@ print(json.dumps([jax.device_count(), out]))
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_evaluation_on_devices_equals_the_host(devices):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment(devices), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     count, results = json.loads(done.stdout.splitlines()[-1])
     assert count == devices

@@ -18,6 +18,7 @@ from jaxvision.core.errors import ConfigError, StorageError
 from jaxvision.core.trees import named_leaves
 from jaxvision.engine import checkpoint, manifest
 from jaxvision.engine.checkpoint import Checkpoints
+from tests.devices import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -368,11 +369,11 @@ with Checkpoints(sys.argv[1], keep_last=3, keep_best=0) as checkpoints:
 """
 
 
-def run(script, *arguments, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+def run(script, *arguments, **variables):
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables}
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env=environment,
+        env=variables,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -380,7 +381,7 @@ def run(script, *arguments, **environment):
 
 
 def test_shardings_of_eight_devices_and_no_output(tmp_path):
-    child = run(SHARDED, tmp_path / "checkpoints", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    child = run(SHARDED, tmp_path / "checkpoints", **environment(8))
     output, _ = child.communicate(timeout=200)
     assert (child.returncode, output) == (0, "")
 

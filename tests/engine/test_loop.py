@@ -19,6 +19,7 @@ from jaxvision.engine.interrupt import Interrupt
 from jaxvision.engine.options import Options
 from jaxvision.engine.plan import Plan, describe
 from jaxvision.engine.progress import Progress
+from tests.devices import environment
 from tests.engine import tiny
 
 OPTIONS = Options(log_every=4, save_every=5, tensorboard=False)
@@ -219,8 +220,7 @@ def test_one_and_eight_devices_agree(whole, mode, eight_devices):
 
 @pytest.fixture(scope="module")
 def eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", DEVICES], env=environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

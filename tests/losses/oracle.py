@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.quickly import quick_jit
-
 FOLDER = Path(__file__).parents[1] / "oracles"
 
 
@@ -31,7 +29,7 @@ def compiled(functions):
             results[name] = loss, gradient
         return results
 
-    program = quick_jit(run)
+    program = jax.jit(run)
     return lambda inputs: jax.device_get(program({name: jax.tree.map(jnp.asarray, inputs[name]) for name in functions}))
 
 

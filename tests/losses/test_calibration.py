@@ -11,7 +11,6 @@ from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.losses import calibration, focal, pairwise, penalties, registry
 from tests.arrays import load
 from tests.losses.oracle import FOLDER, check, compiled, value_and_gradient
-from tests.quickly import quick_jit
 
 CASES = {
     "cross_entropy": (calibration.cross_entropy, {}),
@@ -78,7 +77,7 @@ def test_official_values_and_gradients(k):
 def test_the_parts_of_cpc():
     data = load(FOLDER / "calibration_metrics" / "loss_cpc_0.npz")
     for part, value in zip((pairwise.binary_discrimination, pairwise.binary_exclusion), data["value"][2:], strict=True):
-        check(quick_jit(part)(data["logits"], data["labels"]), value)
+        check(jax.jit(part)(data["logits"], data["labels"]), value)
 
 
 def test_every_loss_has_an_oracle():
@@ -271,7 +270,7 @@ def test_mean_over_pmapped_devices_is_the_mean_over_the_batch():
             value, gradient = jax.value_and_grad(lambda z: penalties.mbls(z, y, margin=2.0, where=valid).total)(z)
             return devices.mean_over_devices(value), gradient
 
-    value, gradient = quick_jit(jax.vmap(step, axis_name="d"))(*shards)
+    value, gradient = jax.jit(jax.vmap(step, axis_name="d"))(*shards)
     loss, expected = value_and_gradient(penalties.mbls, logits, labels, margin=2.0, where=where)
     check(value[0], loss.total)
     check(gradient.reshape(8, 5) / 2, expected)

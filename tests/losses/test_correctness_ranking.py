@@ -9,7 +9,6 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.losses.correctness_ranking import CorrectnessHistory, count_correct, crl, pair_targets, with_epoch
 from tests.arrays import load
 from tests.losses.oracle import FOLDER, check
-from tests.quickly import quick_jit
 
 
 def history(counts, epochs_done):
@@ -24,7 +23,7 @@ def example(rows=7, classes=4, samples=20):
     return logits, rng.integers(0, classes, rows).astype(np.int32), index, history(counts, 6)
 
 
-@quick_jit
+@jax.jit
 def ranking(logits, labels, past, index, where):
     return jax.value_and_grad(lambda z: crl(z, labels, history=past, sample_index=index, where=where).extra)(logits)
 
@@ -55,7 +54,7 @@ def test_kinds_of_confidence(kind):
     sign = np.sign(difference)
     shift = np.abs(difference) / np.where(sign == 0, 1, sign)
     expected = np.maximum(-sign * (r - np.roll(r, -1) - shift), 0).mean()
-    loss = quick_jit(lambda z: crl(z, labels, history=past, sample_index=index, confidence=kind, weight=0.5))(logits)
+    loss = jax.jit(lambda z: crl(z, labels, history=past, sample_index=index, confidence=kind, weight=0.5))(logits)
     check(loss.extra, expected)
     check(loss.total, loss.ce + 0.5 * loss.extra)
 
@@ -63,7 +62,7 @@ def test_kinds_of_confidence(kind):
 def test_gradient_of_the_margin_goes_to_two_classes_even_for_ties():
     logits, past = np.asarray([[0, 2, 2, 2], [0, 0, 5, 0]], np.float32), history([3, 0], 4)
     run = lambda z: crl(z, jnp.zeros(2, jnp.int32), history=past, sample_index=jnp.arange(2), confidence="margin")  # noqa: E731
-    gradient = quick_jit(jax.grad(lambda z: run(z).extra))(logits)
+    gradient = jax.jit(jax.grad(lambda z: run(z).extra))(logits)
     assert gradient[0, 1] < 0 < gradient[0, 2] and abs(gradient[0, 3]) < 1e-7
 
 
@@ -101,7 +100,7 @@ def test_counting():
     right[:3] = True
     right[1] = False
     where = np.arange(7) != 1
-    new = quick_jit(lambda past: count_correct(past, logits, labels, sample_index=index, where=where))(past)
+    new = jax.jit(lambda past: count_correct(past, logits, labels, sample_index=index, where=where))(past)
     expected = np.asarray(past.correct_count).copy()
     expected[index[right]] += 1
     np.testing.assert_array_equal(new.correct_count, expected)

@@ -8,7 +8,6 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.losses.mixup import mixup, regmixup
 from tests.arrays import load
 from tests.losses.oracle import FOLDER, check
-from tests.quickly import quick_jit
 
 
 @pytest.mark.parametrize("k", range(2))
@@ -21,7 +20,7 @@ def test_official_values_and_gradients(k):
         loss = regmixup(raw, data["labels"], mixed_logits=mixed, **arrays)
         return loss.total, loss
 
-    run = quick_jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
     (_, loss), gradients = run(data["raw_logits"], data["mix_logits"])
     check(np.stack(loss), [data["regmixup_mean_over_2B"], data["raw_ce"], data["mixup_ce"]])
     check(gradients[0], data["grad_raw"])

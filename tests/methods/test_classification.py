@@ -1,7 +1,6 @@
 """The classification task: every preset builds, mistakes are named, training works and agrees over devices."""
 
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine.report import Results
 from jaxvision.methods.classification import report, task
+from tests.devices import environment
 
 ROOT = Path(__file__).parents[2]
 PRESETS = (
@@ -27,7 +27,6 @@ PRESETS = (
     "imagenet_deit_s",
     "imagenet_deit_b",
 )
-FAST = {"xla_backend_optimization_level": 0}  # Random initial values are slow to compile otherwise.
 FULL_STEPS = ("cifar10_resnet20", "imagenet_resnet50", "imagenet_deit_t")
 
 
@@ -65,7 +64,7 @@ def resolve(config, **overrides):
 def run(made, steps):
     """The state and the metric sums of the last step after some steps of the first stage."""
     stage = made.stages[0]
-    state = jax.jit(made.init, compiler_options=FAST)(jax.random.key(0))
+    state = jax.jit(made.init)(jax.random.key(0))
     step, metrics = jax.jit(stage.step), None
     for index in range(steps):
         state, metrics = step(state, stage.data.batch_at(index), jax.random.key(index))
@@ -137,7 +136,13 @@ def test_missing_weights_are_named(get_config):
 
 
 def test_training_learns_and_repeats(get_config):
-    overrides = {"data__batch_size": 216, "mix__mixup_alpha": 0.0, "mix__cutmix_alpha": 0.0, "epochs": 3.0}
+    overrides = {
+        "data__batch_size": 216,
+        "mix__mixup_alpha": 0.0,
+        "mix__cutmix_alpha": 0.0,
+        "epochs": 3.0,
+        "optimizer__lr": 0.1,
+    }
     made = task.make(resolve(get_config("smoke"), **overrides, optimizer__schedule__name="constant"))
     start, first = run(made, 1)
     state, last = run(made, 18)
@@ -164,7 +169,7 @@ def test_evaluation_only(get_config, tiny_data):
 
 def test_report_has_table_and_figures(get_config, tmp_path):
     made = task.make(resolve(get_config("smoke"), ema__decay=0.0))
-    state = jax.device_get(jax.jit(made.init, compiler_options=FAST)(jax.random.key(0)))
+    state = jax.device_get(jax.jit(made.init)(jax.random.key(0)))
     rows = [
         {"step": 1, "stage": "train", "kind": "train", "loss": 2.0},
         {"step": 1, "stage": "train", "kind": "eval", "eval": "test", "accuracy": 0.25, "nll": 2.5},
@@ -235,14 +240,8 @@ print("same")
 
 def test_8_devices_agree_with_one():
     """Synchronised batch statistics, mixing, accumulation, clipping, AdamW and average: jit and pmap."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(ROOT),
-    }
     done = subprocess.run(
-        [sys.executable, "-c", DEVICES], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", DEVICES], env=environment(8), cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "same"

@@ -10,7 +10,6 @@ from flax import linen as nn
 
 from jaxvision.core import trees
 from jaxvision.models import torch_import, zoo
-from tests.quickly import quick_jit
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "vit_models"
 CALIBRATION = ORACLES.parent / "calibration_metrics"
@@ -88,7 +87,7 @@ def sites(module, variables, images):
     return [name for name in names if not name.endswith(".out")]
 
 
-def recorded(module, variables, images, compile_=quick_jit):
+def recorded(module, variables, images, compile_=jax.jit):
     """The output and everything that a tap saw, by one compiled program."""
 
     def run(variables, images):
@@ -131,7 +130,7 @@ def assert_timms_float64_logits(name, build, data, images):
     """The logits of ``build(data, dtype=)`` in float64."""
     with jax.enable_x64(True):
         module = build(data, dtype=jnp.float64)
-        logits = quick_jit(module.apply)(load(name, module, data, images), images.astype(np.float64))
+        logits = jax.jit(module.apply)(load(name, module, data, images), images.astype(np.float64))
         assert logits.dtype == jnp.float64
         np.testing.assert_allclose(logits, data["logits_float64"], rtol=1e-9, atol=1e-9)
 
@@ -196,7 +195,7 @@ def assert_block(case, block):
         module = variables[collection].setdefault(layer.replace("shortcut", "downsample").replace(".", "_"), {})
         module[names.get(leaf, leaf)] = oracle[key]
 
-    @quick_jit
+    @jax.jit
     def run(variables, x):
         train, moved = block.apply(variables, x, train=True, mutable=["batch_stats"])
         return train, moved["batch_stats"], block.apply({**variables, **moved}, x)

@@ -145,7 +145,7 @@ def test_training_drops_and_moves_every_statistic():
     module = DeepLabV3(3, **{**SMALL, "stage_sizes": (1, 1, 1, 1), "rates": (1, 2)}, stem="cifar")
     variables = networks.positive(networks.drawn(module, 1, images))
 
-    @networks.quick_jit
+    @networks.jax.jit
     def run(key):
         return module.apply(variables, images, train=True, mutable="batch_stats", rngs={"dropout": key})
 
@@ -166,7 +166,7 @@ def test_initial_values():
         params = module.init(key, jnp.zeros((1, 8, 8, 3)))["params"]
         return params["decoder"]["conv"]["kernel"], params["segmentation_head_0"]
 
-    conv, head = networks.quick_jit(chosen)(jax.random.key(0))
+    conv, head = networks.jax.jit(chosen)(jax.random.key(0))
     for kernel, bound in ((conv, (6 / (9 * 32)) ** 0.5), (head["kernel"], (6 / (32 + 32)) ** 0.5)):
         assert 0.98 * bound < np.abs(kernel).max() <= bound
         assert np.std(kernel) == pytest.approx(bound / 3**0.5, rel=0.05)

@@ -19,7 +19,6 @@ from jaxvision.quant.binary import RSign
 from jaxvision.quant.families import FAMILIES
 from jaxvision.quant.lsq import LSQ
 from tests.models.networks import SMALL, assert_equal
-from tests.quickly import quick_jit
 
 
 def layer(family, bits, *, weight=None, **options):
@@ -46,7 +45,7 @@ def images():
 
 def trained(network, images):
     """Calibrated variables, biases and statistics of normalisations away from their start."""
-    variables = quick_jit(lambda x: network.calibrate(network.init(jax.random.key(0), x), x))(images)
+    variables = jax.jit(lambda x: network.calibrate(network.init(jax.random.key(0), x), x))(images)
     rng = np.random.default_rng(1)
     moved = lambda name: name.endswith("/bias") or name.startswith("batch_stats")  # noqa: E731
     shift = lambda name, x: x + moved(name) * rng.uniform(0, 0.5, x.shape).astype(np.float32)  # noqa: E731
@@ -54,7 +53,7 @@ def trained(network, images):
 
 
 def both(network, variables, integers, images):
-    return quick_jit(lambda v, i, x: (network.apply(v, x), network.apply(i, x)))(variables, integers, images)
+    return jax.jit(lambda v, i, x: (network.apply(v, x), network.apply(i, x)))(variables, integers, images)
 
 
 # --- conversion ------------------------------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ def another_program(path, images):
 def test_another_program_reads_the_files(family, bits, images, tmp_path):
     network = QuantizedNetwork(Net(), (Rule("kernel$", layer(family, bits)),))
     integers = saved(network, images, tmp_path / "net")
-    expected = quick_jit(network.apply)(integers, images)
+    expected = jax.jit(network.apply)(integers, images)
     np.testing.assert_allclose(another_program(tmp_path / "net", images), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -270,7 +269,7 @@ def test_files_come_back_bit_for_bit(storage, images, tmp_path):
     assert (one.shape, one.geometry) == (other.shape, other.geometry)
     assert (one.input.lowest, one.input.kind, one.input.bits) == (0, "LSQ", 4)
     np.testing.assert_array_equal(one.input.thresholds, other.input.thresholds)
-    run = quick_jit(network.apply)
+    run = jax.jit(network.apply)
     np.testing.assert_array_equal(run(model.variables, images), run(integers, images))
 
 
@@ -319,7 +318,7 @@ def test_a_program_is_saved_and_runs_again_with_any_batch(images, tmp_path):
     stablehlo.save(tmp_path / "net", stablehlo.trace(lambda x: network.apply(integers, x), images.shape[1:]))
     program = stablehlo.load(tmp_path / "net")
     assert program.platforms == ("cpu", "cuda", "tpu")
-    expected = quick_jit(network.apply)(integers, images)
+    expected = jax.jit(network.apply)(integers, images)
     for batch in (2, 1):
         np.testing.assert_allclose(program.call(images[:batch]), expected[:batch], rtol=1e-4, atol=1e-5)
     described = json.loads((tmp_path / "net.mlirbc.json").read_text())
@@ -337,7 +336,7 @@ def test_a_program_of_one_batch_size(images, tmp_path):
     function = lambda x: network.apply(integers, x)  # noqa: E731
     stablehlo.save(tmp_path / "net", stablehlo.trace(function, images.shape[1:], batch=2, platforms=("cpu",)))
     program = stablehlo.load(tmp_path / "net")
-    np.testing.assert_allclose(program.call(images), quick_jit(function)(images), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(program.call(images), jax.jit(function)(images), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="shape"):
         program.call(images[:1])
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError
 from jaxvision.models import layers
+from tests.devices import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -288,9 +288,8 @@ print(json.dumps({{
 
 
 def test_batch_norm_and_drop_under_pmap_equal_one_device():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     program = PMAP_PROGRAM.format(root=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment(8))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["devices"] == 8

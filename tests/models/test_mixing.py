@@ -1,6 +1,5 @@
 """Mixup and CutMix against timm's formulas, and the same on 8 pmapped devices as on one."""
 
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvision.models import mixing
+from tests.devices import environment
 
 B, H, W, K = 8, 9, 12, 5
 
@@ -138,7 +138,6 @@ print("same")
 
 
 def test_pmap_on_8_devices_is_jit():
-    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
-    done = subprocess.run([sys.executable, "-c", PMAP], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", PMAP], env=environment(8), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "same"

@@ -12,7 +12,6 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.models import torch_import, zoo
 from jaxvision.models.mobilenet_v2 import InvertedResidual, MobileNetV2, make_divisible, relu6
 from tests.models import networks
-from tests.quickly import quick_jit
 
 # A block without expansion, one with stride 2, one with a residual, one that only changes channels.
 STAGES = ((1, 8, 1, 1), (6, 16, 2, 2), (2, 24, 1, 1))
@@ -162,7 +161,7 @@ def test_training_moves_statistics_drops_and_reaches_every_parameter():
     images = np.random.default_rng(0).standard_normal((4, 16, 16, 3)).astype(np.float32)
     variables = variables_of(TINY(), images)
 
-    @quick_jit
+    @jax.jit
     def gradient(key):
         def loss(params):
             logits, moved = TINY(dropout=0.5).apply(
@@ -190,13 +189,13 @@ def test_relu6_is_torchs_at_its_edges():
 
 def test_initial_values():
     images = np.zeros((1, 8, 8, 96), np.float32)
-    block = quick_jit(InvertedResidual(48, expansion=2).init)(jax.random.key(0), images)["params"]
+    block = jax.jit(InvertedResidual(48, expansion=2).init)(jax.random.key(0), images)["params"]
     assert block["conv_1_0"]["kernel"].shape == (3, 3, 1, 192)
     # Kaiming normal over PyTorch's fan-out, which for a depthwise kernel counts all channels.
     for name, fan_out in (("conv_0_0", 192), ("conv_1_0", 9 * 192), ("conv_2", 48)):
         assert np.std(block[name]["kernel"]) == pytest.approx((2 / fan_out) ** 0.5, rel=0.06)
     module = MobileNetV2(50, stages=(), divisor=4)
-    params = quick_jit(module.init)(jax.random.key(0), images[..., :3])["params"]
+    params = jax.jit(module.init)(jax.random.key(0), images[..., :3])["params"]
     assert np.std(params["classifier_1"]["kernel"]) == pytest.approx(0.01, rel=0.02)
     assert not np.any(params["classifier_1"]["bias"])
 

@@ -9,7 +9,6 @@ from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.models import zoo
 from jaxvision.models.plain_cnn import PlainCNN
-from tests.quickly import quick_jit
 
 
 def test_parameters_and_logits():
@@ -26,8 +25,8 @@ def test_parameters_and_logits():
 def test_a_dense_network_sees_as_far_as_its_dilations_say():
     module = PlainCNN(3, features=(2, 2), strides=(1, 1), dilations=(1, 3), dense=True)
     image = jax.random.normal(jax.random.key(0), (1, 11, 12, 1))
-    variables = quick_jit(module.init)(jax.random.key(0), image)
-    apply = quick_jit(lambda image: module.apply(variables, image))
+    variables = jax.jit(module.init)(jax.random.key(0), image)
+    apply = jax.jit(lambda image: module.apply(variables, image))
     logits = apply(image)
     assert logits.shape == (1, 11, 12, 3) and logits.dtype == jnp.float32
     changed = np.abs(apply(image.at[0, 5, 6].add(9.0)) - logits).max(-1)[0] > 0

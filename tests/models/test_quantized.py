@@ -14,7 +14,6 @@ from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recipe, Rule, kernel_names
 from jaxvision.quant.families import FAMILIES
 from tests.models.networks import SMALL, drawn
-from tests.quickly import quick_jit
 
 STEM_AND_HEAD = Rule(r"^conv1/|^linear/", None)
 
@@ -78,11 +77,11 @@ def images():
 
 
 def started(network, images):
-    return quick_jit(network.init)(jax.random.key(0), images)
+    return jax.jit(network.init)(jax.random.key(0), images)
 
 
 def calibrated(network, images):
-    make = quick_jit(lambda key, x: network.calibrate(network.init(key, x), x))
+    make = jax.jit(lambda key, x: network.calibrate(network.init(key, x), x))
     return make(jax.random.key(0), images)
 
 
@@ -113,7 +112,7 @@ def test_without_widths_the_network_is_the_float_one(images):
     variables = drawn(network.module, 0, images)
     assert set(trees.named_leaves(variables)) == set(trees.named_leaves(drawn(network, 0, images)))
     np.testing.assert_array_equal(
-        quick_jit(network.apply)(variables, images), quick_jit(network.module.apply)(variables, images)
+        jax.jit(network.apply)(variables, images), jax.jit(network.module.apply)(variables, images)
     )
 
 
@@ -127,7 +126,7 @@ def test_every_family_initializes_calibrates_and_runs(family, images):
         fitted = network.calibrate(variables, images)
         return variables, network.apply(variables, images), network.apply(fitted, images)
 
-    variables, before, after = quick_jit(run)(images)
+    variables, before, after = jax.jit(run)(images)
     assert np.isfinite(before).all() and np.isfinite(after).all()
     assert np.array_equal(before, after) == (not FAMILIES[family].activation.LEARNED)
     for role in ("kernel", "input"):  # known now, so that every quantizer checks its values
@@ -231,7 +230,7 @@ def inputs_by_layer(network, variables, images):
         network.apply(variables, images, train=True, mutable=["batch_stats"], tap=tap)
         return seen
 
-    return quick_jit(run)(variables)
+    return jax.jit(run)(variables)
 
 
 @pytest.mark.parametrize("family", ["trs", "lbt", "lsq"])
@@ -251,7 +250,7 @@ def test_calibration_gives_the_published_start_values(family, images):
 def test_calibration_moves_nothing_else(images):
     network = mixed("ewgs", Bits(3, 3, 4))
     variables = started(network, images)
-    after = trees.named_leaves(quick_jit(network.calibrate)(variables, images))
+    after = trees.named_leaves(jax.jit(network.calibrate)(variables, images))
     before = trees.named_leaves(variables)
     assert before.keys() == after.keys()
     moved = {name.rsplit("/", 1)[-1] for name in before if not np.array_equal(before[name], after[name])}
@@ -267,7 +266,7 @@ def test_the_output_scale_starts_at_the_ratio_of_the_mean_sizes(images):
     (kernel,), (q_input,) = (
         jax.tree.leaves(network.quantizers(variables["params"], role), is_leaf=callable) for role in ("kernel", "input")
     )
-    run = quick_jit(lambda x, kernel: conv.apply({"params": {"kernel": kernel}}, x))
+    run = jax.jit(lambda x, kernel: conv.apply({"params": {"kernel": kernel}}, x))
     y_float, y = run(x, own["kernel"]), run(q_input(x), kernel(own["kernel"]))
     np.testing.assert_allclose(own["output_scale"], np.abs(y_float).mean() / np.abs(y).mean(), rtol=1e-5)
 
@@ -285,7 +284,7 @@ def test_traced_widths_give_what_static_ones_give_and_compile_once(images):
             traces.append(1)
             return loss_of(network.apply({"params": params, **rest}, images, train=True, mutable=["batch_stats"])[0])
 
-        return quick_jit(jax.value_and_grad(value))
+        return jax.jit(jax.value_and_grad(value))
 
     traced = run(free)
     for bits in (Bits(2, 2, 4), Bits(3, 5, 6)):
@@ -306,7 +305,7 @@ def test_widths_of_single_layers(images):
     assert [widths[name.replace("kernel", "widths")].tolist() for name in names] == [[2 + i, 4, 4] for i in range(3)]
     # What the rule leaves in float stays float.
     fewer = network.with_bits(variables, Bits(8, 2, 2))
-    apply = quick_jit(network.apply)
+    apply = jax.jit(network.apply)
     np.testing.assert_array_equal(apply(fewer, images), apply(variables, images))
 
 
@@ -314,7 +313,7 @@ def test_jitted_and_not(images):
     network = QuantizedNetwork(Plain(), (Rule("kernel$", layer("lsq")),))
     variables = calibrated(network, images)
     np.testing.assert_allclose(
-        network.apply(variables, images), quick_jit(network.apply)(variables, images), rtol=1e-5, atol=1e-6
+        network.apply(variables, images), jax.jit(network.apply)(variables, images), rtol=1e-5, atol=1e-6
     )
 
 
@@ -379,8 +378,8 @@ def test_gradients_of_the_intervals_are_clip_counts(images):
     def value(interval, variables):
         return loss(network.apply({**variables, "interval": interval}, images, **options))
 
-    found = quick_jit(jax.grad(value))(variables["interval"], variables)
-    outputs = quick_jit(lambda v: network.output_gradients(v, loss, images, **options))(variables)
+    found = jax.jit(jax.grad(value))(variables["interval"], variables)
+    outputs = jax.jit(lambda v: network.output_gradients(v, loss, images, **options))(variables)
     for gamma, (name, g) in zip(gammas, outputs.items()):
         g = np.abs(np.asarray(g))
         assert (g > gamma * g.max()).any()
@@ -402,9 +401,9 @@ def test_the_gradient_stream_rounds_stochastically(images):
 
         return jax.grad(value)(variables["params"])["strided"]["kernel"]
 
-    draw = quick_jit(gradient)
+    draw = jax.jit(gradient)
     one, again, other = draw(jax.random.key(1)), draw(jax.random.key(1)), draw(jax.random.key(2))
-    nearest = quick_jit(lambda: gradient(None))()
+    nearest = jax.jit(lambda: gradient(None))()
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other) and not np.array_equal(one, nearest)
 
@@ -419,11 +418,11 @@ def test_weights_of_a_float_pytorch_network_load(images):
     pretrained = torch_import.convert(name, state, jax.eval_shape(module.init, jax.random.key(0), images))
     known = trees.named_leaves(pretrained)
     loaded = trees.map_named(lambda leaf, new: jnp.asarray(known.get(leaf, new)), drawn(network, 0, images))
-    loaded = quick_jit(network.calibrate)(loaded, images)
+    loaded = jax.jit(network.calibrate)(loaded, images)
     for leaf, value in known.items():
         np.testing.assert_array_equal(trees.named_leaves(loaded)[leaf], value, err_msg=leaf)
     run = lambda net: net.apply(loaded, images, train=True, mutable=["batch_stats"])[0]  # noqa: E731
-    exact, found = quick_jit(lambda: (run(module), run(network)))()
+    exact, found = jax.jit(lambda: (run(module), run(network)))()
     assert 0 < np.abs(found - exact).max() < 0.1 * np.abs(exact).max()
 
 
@@ -463,7 +462,7 @@ def test_integer_and_fake_execution_agree(case):
             logits = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
             return loss_of(logits), outputs
 
-        step = quick_jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
+        step = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
         return step(variables["params"], variables.get("interval", {}), images)
 
     (one, outputs), gradients = run(fake)
@@ -482,7 +481,7 @@ def test_integer_and_fake_execution_agree(case):
 def test_both_executions_evaluate_alike(images):
     fake, integer = mixed(bits=Bits(4, 4)), mixed(bits=Bits(4, 4), execution="int")
     variables = calibrated(fake, images)
-    one, other = quick_jit(lambda: (fake.apply(variables, images), integer.apply(variables, images)))()
+    one, other = jax.jit(lambda: (fake.apply(variables, images), integer.apply(variables, images)))()
     np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
 
 

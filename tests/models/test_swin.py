@@ -13,7 +13,6 @@ from jaxvision.models import swin, windows, zoo
 from jaxvision.models.attention import Attention
 from tests.models import networks
 from tests.models.networks import recorded
-from tests.quickly import quick_jit
 
 ZOO_NAME = "swin_tiny_patch4_window7_224"
 NETWORKS = ("swin_1", "swin_2", "swin_3_padded")
@@ -171,7 +170,7 @@ def test_each_tapped_value_is_the_one_used():
     module = TINY()
     variables = drawn(module, 2)
 
-    @quick_jit
+    @jax.jit
     def run(chosen):
         def replace(name, value):
             # A ramp, which unlike a constant survives softmax and layer normalisation.
@@ -216,7 +215,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
     module = TINY()
     variables = drawn(module, 5)
 
-    @quick_jit
+    @jax.jit
     def gradient(variables):
         return jax.grad(lambda v: -jax.nn.log_softmax(module.apply(v, IMAGES, train=True))[:, 0].mean())(variables)
 
@@ -228,7 +227,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
 def test_noise_is_a_function_of_the_key_and_of_the_image():
     module = TINY(depths=(1,), num_heads=(2,), attention_dropout_rate=0.3)
     variables = drawn(module, 6)
-    train = quick_jit(lambda key, images: module.apply(variables, images, train=True, rngs={"dropout": key}))
+    train = jax.jit(lambda key, images: module.apply(variables, images, train=True, rngs={"dropout": key}))
     first = train(jax.random.key(6), IMAGES)
     np.testing.assert_array_equal(first, train(jax.random.key(6), IMAGES))
     assert np.abs(first - train(jax.random.key(7), IMAGES)).max() > 1e-4
@@ -248,7 +247,7 @@ def test_bfloat16_computes_narrow_and_keeps_softmax_and_logits_wide():
 
 def test_initial_values():
     module = Attention(8, window=(4, 6))
-    params = quick_jit(module.init)(jax.random.key(8), np.zeros((1, 24, 64), np.float32))["params"]
+    params = jax.jit(module.init)(jax.random.key(8), np.zeros((1, 24, 64), np.float32))["params"]
     assert np.std(params["qkv"]["kernel"]) == pytest.approx(0.02, rel=0.05)
     assert params["relative_position_bias_table"].shape == (7 * 11, 8)
     assert np.std(params["relative_position_bias_table"]) == pytest.approx(0.02, rel=0.1)

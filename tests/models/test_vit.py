@@ -15,7 +15,6 @@ from jaxvision.models import mlp, vit, zoo
 from jaxvision.models.layers import Dropout, DropPath
 from tests.models import networks
 from tests.models.networks import recorded
-from tests.quickly import quick_jit
 
 ZOO_NAME = "vit_base_patch16_224"
 NETWORKS = ("vit_1", "vit_2", "vit_3_gray_avgpool", "deit_distilled_1")
@@ -139,7 +138,7 @@ def test_each_tapped_value_is_the_one_used():
     module = TINY(depth=1)
     variables = networks.drawn(module, 2, images)
 
-    @quick_jit
+    @jax.jit
     def run(chosen):
         def replace(name, value):
             # A ramp, which unlike a constant survives softmax and layer normalisation.
@@ -157,7 +156,7 @@ def test_uniform_attention_averages_the_values(tiny):
     def uniform(name, value):
         return jnp.full_like(value, 1 / value.shape[-1]) if name.endswith("softmax") else value
 
-    @quick_jit
+    @jax.jit
     def run(variables):
         seen = {}
         TINY(depth=1).apply(variables, IMAGES, tap=lambda name, value: seen.setdefault(name, uniform(name, value)))
@@ -184,7 +183,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
     )
     variables = drawn(module, 4)
 
-    @quick_jit
+    @jax.jit
     def gradient(variables, key):
         def loss(variables):
             logits = module.apply(variables, IMAGES, train=True, rngs={"dropout": key})
@@ -199,7 +198,7 @@ def test_gradients_are_finite_and_reach_every_parameter():
 
 def test_noise_is_a_function_of_the_key_and_of_the_row(tiny):
     module = TINY(dropout_rate=0.2, attention_dropout_rate=0.2, drop_path_rate=0.5)
-    train = quick_jit(lambda key, images: module.apply(tiny, images, train=True, rngs={"dropout": key}))
+    train = jax.jit(lambda key, images: module.apply(tiny, images, train=True, rngs={"dropout": key}))
     first = train(jax.random.key(6), IMAGES)
     np.testing.assert_array_equal(first, train(jax.random.key(6), IMAGES))
     assert np.abs(first - train(jax.random.key(7), IMAGES)).max() > 1e-4
@@ -207,7 +206,7 @@ def test_noise_is_a_function_of_the_key_and_of_the_row(tiny):
     rows = train(jax.random.key(6), same)
     assert min(np.abs(rows[0] - rows[1]).max(), np.abs(rows[1] - rows[2]).max()) > 1e-4
     np.testing.assert_array_equal(rows[0], first[0])
-    np.testing.assert_array_equal(quick_jit(module.apply)(tiny, IMAGES), quick_jit(TINY().apply)(tiny, IMAGES))
+    np.testing.assert_array_equal(jax.jit(module.apply)(tiny, IMAGES), jax.jit(TINY().apply)(tiny, IMAGES))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +241,7 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_softmax_and_logits_wide(t
 def test_initial_values():
     images = np.zeros((1, 16, 16, 1), np.float32)
     settings = {"width": 64, "depth": 1, "num_heads": 2, "patch_size": 2}
-    params = quick_jit(vit.ViT(**settings).init)(jax.random.key(8), images)["params"]
+    params = jax.jit(vit.ViT(**settings).init)(jax.random.key(8), images)["params"]
     block = params["blocks_0"]
     assert np.std(block["mlp"]["fc1"]["kernel"]) == pytest.approx(0.02, rel=0.05)
     assert np.std(params["pos_embed"]) == pytest.approx(0.02, rel=0.05)
@@ -250,7 +249,7 @@ def test_initial_values():
     assert not np.any(block["attn"]["qkv"]["bias"]) and np.any(params["patch_embed"]["bias"])
 
     module = vit.ViT(**settings, weight_init="fan_in", position_init_std=0.3)
-    params = quick_jit(module.init)(jax.random.key(8), images)["params"]
+    params = jax.jit(module.init)(jax.random.key(8), images)["params"]
     block = params["blocks_0"]
     assert np.std(block["mlp"]["fc1"]["kernel"]) == pytest.approx(1 / 8, rel=0.05)
     assert np.std(block["mlp"]["fc2"]["kernel"]) == pytest.approx(1 / 16, rel=0.05)

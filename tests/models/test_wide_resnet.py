@@ -64,7 +64,7 @@ def test_convolutions_start_kaiming_normal_over_the_fan_out():
     def kernel(key):  # one leaf, so that the compiler leaves out the rest
         return module.init(key, jnp.zeros((1, 8, 8, 3)))["params"]["layer3_0"]["conv1"]["kernel"]
 
-    made = np.asarray(networks.quick_jit(kernel)(jax.random.key(0)))  # [3, 3, 32, 64]
+    made = np.asarray(networks.jax.jit(kernel)(jax.random.key(0)))  # [3, 3, 32, 64]
     assert abs(made.std() / (2 / (9 * 64)) ** 0.5 - 1) < 0.03
 
 

@@ -7,7 +7,6 @@ import pytest
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.models import zoo
-from tests.quickly import quick_jit
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_the_cifar_network_of_lbt_and_trs_is_a_setting():
     assert shapes["params"]["bn2"]["scale"].shape == shapes["batch_stats"]["bn2"]["var"].shape == (64,)
     assert trees.count_parameters(shapes["params"]) == 269_722 + 90 * 65 + 2 * 64
     small = zoo.build("resnet20", num_classes=100, final_norm=True, depth=8)
-    params = quick_jit(small.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.jit(small.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     assert jnp.std(params["linear"]["kernel"]) == pytest.approx((2 / 64) ** 0.5, rel=0.05)
     assert jnp.std(params["layer3_0"]["conv2"]["kernel"]) == pytest.approx((2 / 576) ** 0.5, rel=0.05)
 

@@ -35,9 +35,6 @@ SHAPES = {
 }
 
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
-
-
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
@@ -108,7 +105,7 @@ def test_products_are_exact(name, dtype):
     w = r.integers(-128, 128, w_shape).astype(np.int8)
     d = r.integers(-128, 128, reference(x, w, None, **options)[0].shape).astype(np.int8)
 
-    @jit
+    @jax.jit
     def found(x, w, d):
         dx = integer.conv_grad_input(d, w, x_shape[1:3], **options)
         return integer.conv(x, w, **options), dx, integer.conv_grad_kernel(x, d, w_shape[:2], **options)
@@ -186,7 +183,7 @@ def assert_packs(quantizer, x):
     """Packs, checks codes and clips, and returns the gradients at x and at what came back."""
     g = jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.float32)
 
-    @jit
+    @jax.jit
     def run(x):
         codes, remainder = integer.pack(x, quantizer)
         back = integer.unpack(codes, remainder, quantizer)
@@ -228,7 +225,7 @@ def test_the_packed_value_is_within_a_254th_of_a_step_and_zeros_stay():
     x[::3] = 0
     for bits in (2, 8):
         quantizer = LBTActivation(jnp.float32(1), bits)
-        back = np.asarray(jit(lambda x, q=quantizer: integer.unpack(*integer.pack(x, q), q))(x))
+        back = np.asarray(jax.jit(lambda x, q=quantizer: integer.unpack(*integer.pack(x, q), q))(x))
         inside = x >= 0
         assert np.abs(back - x)[inside].max() <= 1.001 / 254 / (2**bits - 1)
         assert not back[::3].any()
@@ -251,7 +248,7 @@ def both(name, q_input, q_weight, bits, kind="uniform", **sampled):
     options, x, w = sample(name, **sampled)
     widths = q_input.bits, q_weight.bits
 
-    @jit
+    @jax.jit
     def run(x, w, q_input, q_weight, state, key):
         q_input, q_weight = q_input.replace(bits=widths[0]), q_weight.replace(bits=widths[1])  # Python ints again
         results = []
@@ -347,7 +344,7 @@ def test_layer_oracle(path, x64):
     np.testing.assert_allclose([q.scale for q in quantizers], [o["u_init"], o["s_init"]], rtol=1e-10)
     for layer, tolerance in ((simulated, 1e-9), (in_integers, 2e-3)):
 
-        @jit
+        @jax.jit
         def run(noise, g, layer=layer):
             y, pull = jax.vjp(lambda *a: layer(options, *a, noise, bits), x, w, *quantizers, state)
             return y, pull(g)
@@ -372,10 +369,10 @@ def test_widths_from_4_to_8_share_a_program():
         return y, *pull(jnp.cos(y))
 
     scales = LBTActivation.fit(x, 4).scale, LBTWeight.fit(w, 4).scale
-    traced = jit(partial(run, in_integers))
+    traced = jax.jit(partial(run, in_integers))
     for bits in (4, 8):
         found = traced(x, w, scales, jnp.full(3, bits, jnp.int32))
-        for one, other in zip(found, jit(lambda *a, b=bits: run(simulated, *a, (b, b, b)))(x, w, scales)):
+        for one, other in zip(found, jax.jit(lambda *a, b=bits: run(simulated, *a, (b, b, b)))(x, w, scales)):
             close(one, other, 3e-6)
     assert traces.count(in_integers) == 1
 
@@ -409,7 +406,7 @@ def test_what_is_saved_is_two_bytes_an_input_and_at_most_035_of_the_simulation(n
 def test_a_nan_stays_visible():
     options, x, w = sample("strided")
     quantizers = LBTActivation.fit(x, 4), LBTWeight.fit(w, 4)
-    run = jit(lambda x, w: in_integers(options, x, w, *quantizers))
+    run = jax.jit(lambda x, w: in_integers(options, x, w, *quantizers))
     for bad in ((x.at[0, 0, 0, 0].set(jnp.nan), w), (x, w.at[0, 0, 0, 0].set(jnp.nan))):
         assert np.isnan(run(*bad)).any()
 
@@ -419,7 +416,7 @@ def test_bfloat16_layers_keep_their_type():
     x = x.astype(jnp.bfloat16)
     quantizers = LBTActivation.fit(x, 4), LBTWeight.fit(w, 4)
 
-    @jit
+    @jax.jit
     def run(x, w):
         y, pull = jax.vjp(lambda x, w: in_integers(options, x, w, *quantizers, jnp.asarray(STATE), None, 4), x, w)
         return y, *pull(y)
@@ -454,7 +451,7 @@ def test_mistakes_are_named():
 def test_symmetric_affine_codes_run_in_integers():
     options, x, w = sample("strided")
     quantizers = Affine.fit(x, 5, symmetric=True), Affine.fit(w, 5, symmetric=True)
-    y = jit(lambda x, w: in_integers(options, x, w, *quantizers))(x, w)
+    y = jax.jit(lambda x, w: in_integers(options, x, w, *quantizers))(x, w)
     close(y, product(quantizers[0](x), quantizers[1](w), **options), 1e-6)
     assert integer.narrow_codes(LBTActivation(jnp.float32(1), 8), x).dtype == jnp.uint8
     assert integer.narrow_codes(LBTActivation(jnp.float32(1), 7), x).dtype == jnp.int8

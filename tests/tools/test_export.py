@@ -10,7 +10,6 @@ from jaxvision.core.config import Config
 from jaxvision.engine.quantization import build_network
 from jaxvision.models import integer_file, stablehlo, weight_file, zoo
 from jaxvision.tools import export
-from tests.quickly import quick_jit
 
 SETTINGS = {"depth": 8, "width_multiplier": 0.25}
 QUANTIZATION = {
@@ -38,7 +37,7 @@ def run(tmp_path_factory):
     images = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
     module = zoo.build("resnet20", num_classes=5, **SETTINGS)
     network = build_network(Config({**QUANTIZATION, "family": "lsq"}, "q"), module, images[:1])
-    variables = quick_jit(lambda x: network.calibrate(network.init(jax.random.key(0), x), x))(images)
+    variables = jax.jit(lambda x: network.calibrate(network.init(jax.random.key(0), x), x))(images)
     facts = {"model": "resnet20", "num_classes": 5, "family": "lsq", "bits": "{}"}
     weight_file.save_variables(directory / "quantized.safetensors", variables, facts)
     return directory, network, variables, images
@@ -53,11 +52,11 @@ def test_the_files_give_the_trained_networks_outputs(run, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "network.safetensors", "network.json", "program.mlirbc", "program.mlirbc.json",
     }  # fmt: skip
-    expected = quick_jit(network.apply)(variables, images)
+    expected = jax.jit(network.apply)(variables, images)
     found = stablehlo.load(tmp_path / "out" / "program").call(images)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     model = integer_file.load(tmp_path / "out" / "network")
-    np.testing.assert_allclose(quick_jit(network.apply)(model.variables, images), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(network.apply)(model.variables, images), expected, rtol=1e-4, atol=1e-5)
     assert model.model["model"] == "resnet20" and model.model["image"] == [8, 8, 3]
     kernel = model.variables["params"]["layer1_0"]["conv1"]["kernel"]
     assert str(kernel.dtype) == "int4" and len(model.layers) == 6

@@ -18,7 +18,6 @@ from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 from jaxvision.optim import optimizers
 from tests.arrays import load
 from tests.losses.oracle import FOLDER, check, compiled
-from tests.quickly import quick_jit
 
 KEYS = ("margin", "lambda_top", "lambda_rest", "alpha")
 CASES = {f"acls_loss_{k}": load(FOLDER / "acls" / f"acls_loss_{k}.npz") for k in range(7)}
@@ -55,7 +54,7 @@ def test_float64_reference_and_closed_form():
 
     with jax.enable_x64(True):
         cases = {name: (data["logits"].astype(np.float64), data["labels"]) for name, data in CASES.items()}
-        closed = quick_jit(closed_form)(cases)
+        closed = jax.jit(closed_form)(cases)
         for name, (loss, gradient) in results(np.float64).items():
             data, (whole, penalty) = CASES[name], closed[name]
             check(np.stack(loss), [data["loss_f64"], data["ce_f64"], data["reg_f64"]], 1e-10, name)
@@ -99,16 +98,16 @@ def test_dense_with_ignored_pixels():
         check(np.stack(loss), [data["loss"], data["ce"], data["reg"]])
         check(gradient, data["grad"])
         assert not gradient[~where[k]].any()
-        closed = quick_jit(functools.partial(acls_logit_gradient, **hyper[k]))
+        closed = jax.jit(functools.partial(acls_logit_gradient, **hyper[k]))
         check(closed(data["logits"], data["labels"], where=where[k]), data["grad"])
     assert not where[1].all()
 
 
 def test_penalises_the_predicted_class_and_not_the_label():
     logits, labels = np.asarray([[12.0, 15.0, 0.0]], np.float32), np.asarray([0], np.int32)
-    f = quick_jit(smoothing_function)(logits)
+    f = jax.jit(smoothing_function)(logits)
     np.testing.assert_allclose(f, [[0, 0.2 * 5, -0.02 / 2 * 5]], rtol=1e-6)
-    np.testing.assert_allclose(quick_jit(functools.partial(implied_smoothing, acls_loss))(logits, labels), f, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(functools.partial(implied_smoothing, acls_loss))(logits, labels), f, atol=1e-6)
 
 
 def test_inside_the_margin_it_is_cross_entropy():
@@ -121,9 +120,7 @@ def test_inside_the_margin_it_is_cross_entropy():
 def test_smoothing_is_linear_in_the_excess_continuous_and_not_zero_sum():
     z = np.zeros((5, 4), np.float32)
     z[:, 1], z[:, 2:] = [9.9, 10.0, 11, 12, 13], 5
-    f, from_minimum = quick_jit(lambda z: (smoothing_function(z), smoothing_function(z, reference="min", terms="top")))(
-        z
-    )
+    f, from_minimum = jax.jit(lambda z: (smoothing_function(z), smoothing_function(z, reference="min", terms="top")))(z)
     np.testing.assert_allclose(f[:, 1], 0.2 * np.asarray([0, 0, 1, 2, 3]), rtol=1e-5)
     np.testing.assert_allclose(f[:, 0], -0.02 / 3 * np.asarray([0, 0, 1, 2, 3]), rtol=1e-5)
     assert not f[:, 2:].any() and (f[2:].sum(-1) > 0.1).all()
@@ -138,7 +135,7 @@ def test_ablations_in_closed_form():
     hyper = {case: dict(zip(("form", "reference", "terms"), case, strict=True), margin=4.0) for case in ABLATIONS}
     losses = {str(case): functools.partial(acls_loss, **hyper[case]) for case in ABLATIONS}
     found = compiled(losses)(dict.fromkeys(losses, (logits, labels, {})))
-    closed = quick_jit(lambda z, y: {str(case): acls_logit_gradient(z, y, **hyper[case]) for case in ABLATIONS})
+    closed = jax.jit(lambda z, y: {str(case): acls_logit_gradient(z, y, **hyper[case]) for case in ABLATIONS})
     for name, gradient in closed(logits, labels).items():
         check(found[name][1], gradient, err_msg=name)
         assert found[name][0].extra > 0.1, name
@@ -155,7 +152,7 @@ def test_ablations_in_closed_form():
 def test_adding_a_constant_changes_only_the_released_form():
     logits, labels = example()
     for reference, same in (("zero", False), ("min", True)):
-        run = quick_jit(functools.partial(acls_loss, reference=reference))
+        run = jax.jit(functools.partial(acls_loss, reference=reference))
         pair = [float(run(z, labels).extra) for z in (logits, logits - 3)]
         assert np.isclose(*pair, rtol=1e-4) == same
 
@@ -218,7 +215,7 @@ def test_two_training_steps(k):
         return parts.total, {"parts": jnp.stack(parts), "logits": outputs}
 
     state = supervised.new_state(jax.tree.map(jnp.asarray, variables(data, "init_")), transform, average=False)
-    step = quick_jit(supervised.train_step(TinyNet(), transform, loss))
+    step = jax.jit(supervised.train_step(TinyNet(), transform, loss))
     for s in range(2):
         state, metrics = step(state, {"image": data["x"][s], "label": data["labels"][s]}, jax.random.key(0))
         check(metrics["logits"], data[f"step{s}_logits"], 2e-5)

@@ -11,7 +11,6 @@ from jaxvision.methods.acls.acls import acls_metrics
 from tests.arrays import load
 from tests.engine.test_calibration_comparison import task as build
 from tests.engine.test_calibration_comparison import untrained
-from tests.quickly import quick_jit
 
 
 def test_acls_arms_alone_are_monitored_at_their_own_margin():
@@ -19,8 +18,8 @@ def test_acls_arms_alone_are_monitored_at_their_own_margin():
     hyper = {"margin": 0.5, "reference": "min", "alpha": 0.1}
     logits = jax.random.normal(jax.random.key(0), (6, 4))
     where = np.arange(6) < 5
-    found = quick_jit(task.monitors(parse("acls", {}))(hyper))(logits, {"where": where})
-    expected = quick_jit(lambda z: acls_metrics(z, margin=0.5, reference="min", where=where))(logits)
+    found = jax.jit(task.monitors(parse("acls", {}))(hyper))(logits, {"where": where})
+    expected = jax.jit(lambda z: acls_metrics(z, margin=0.5, reference="min", where=where))(logits)
     assert {name: float(each.compute()) for name, each in found.items()} == pytest.approx(
         {name: float(each.compute()) for name, each in expected.items()}
     )

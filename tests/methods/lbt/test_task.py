@@ -70,8 +70,8 @@ def test_too_few_elements_are_told_with_their_number_in_one_line(caplog):
         task.make(changed(**SMALL, interval__alphas=(1e-3,), gradient_bits=(4,), arms=("lbt",)))
     (record,) = caplog.records
     assert "\n" not in record.message
-    # 16 images of 8 x 8 pixels and 4 channels, a thousandth of them, over 15.
-    assert record.message.startswith("layer1_0/conv1: the gradient has 4096 elements") and "0.27" in record.message
+    # 16 images of 4 x 4 pixels and 4 channels, a thousandth of them, over 15.
+    assert record.message.startswith("conv2: the gradient has 1024 elements") and "0.068" in record.message
     assert record.message.endswith("in 2 of 2 combinations of layer, alpha and width")
     caplog.clear()
     task.make(changed(interval__alphas=(0.5,), arms=("lbt",)))
@@ -80,19 +80,20 @@ def test_too_few_elements_are_told_with_their_number_in_one_line(caplog):
 
 def test_a_constant_kernel_of_a_weights_file_is_named(tmp_path):
     """Its interval would be 0."""
-    module = zoo.build("resnet20", num_classes=10, depth=8, width_multiplier=0.25)
+    model = config_file.get_config("smoke").model
+    module = zoo.build(model.name, num_classes=10, **model.settings)
     variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
     made = []
     for name in ("good.safetensors", "bad.safetensors"):
-        weight_file.save_variables(tmp_path / name, variables, {"model": "resnet20", "num_classes": 10})
+        weight_file.save_variables(tmp_path / name, variables, {"model": model.name, "num_classes": 10})
         made.append(task.make(changed(**SMALL, model__init_from=str(tmp_path / name), arms=("lbt",))))
-        variables["params"]["layer1_0"]["conv2"]["kernel"] *= 0
+        variables["params"]["conv3"]["kernel"] *= 0
     shapes = jax.eval_shape(made[0].init, jax.random.key(0))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     start = made[0].load(empty).extra[arms.START]
-    kernel = trees.named_leaves(variables)["params/layer1_0/conv1/kernel"]
-    np.testing.assert_array_equal(start["params"]["layer1_0"]["conv1"]["kernel"], np.asarray(kernel)[None])
-    with pytest.raises(ConfigError, match=r"all values of layer1_0/conv2/kernel are equal, .* scale 0"):
+    kernel = trees.named_leaves(variables)["params/conv2/kernel"]
+    np.testing.assert_array_equal(start["params"]["conv2"]["kernel"], np.asarray(kernel)[None])
+    with pytest.raises(ConfigError, match=r"all values of conv3/kernel are equal, .* scale 0"):
         made[1].load(empty)
 
 
@@ -117,8 +118,8 @@ def built(arms_=("wa", "lbt", "piecewise"), **changes):
 
 
 def test_each_arm_has_its_gradient_quantizer_and_first_and_last_layer_are_float():
-    found = built(quantization__float_layers=())
-    names = {f"layer{stage}_0/conv{index}/kernel" for stage in (1, 2, 3) for index in (1, 2)}
+    found = built()
+    names = {"conv2/kernel", "conv3/kernel"}
     for name, gradient in (("wa", None), ("lbt", 4), ("piecewise", 4)):
         assert set(found[name].layers) == names
         assert {layer.bits.gradient for layer in found[name].layers.values()} == {gradient}
@@ -127,12 +128,11 @@ def test_each_arm_has_its_gradient_quantizer_and_first_and_last_layer_are_float(
 
 
 def test_first_and_last_layer_in_8_bits_keep_their_own_widths():
-    rules = (("layer2_0/conv1", (4, 4, 4)),)
-    found = built(("lbt",), first_last="8bit", quantization__float_layers=(), quantization__bit_rules=rules)["lbt"]
+    rules = (("conv2", (4, 4, 4)),)
+    found = built(("lbt",), first_last="8bit", quantization__bit_rules=rules)["lbt"]
     widths = {name: (b.weight, b.input, b.gradient) for name, b in ((n, x.bits) for n, x in found.layers.items())}
-    assert widths["conv1/kernel"] == (8, None, 8) and widths["linear/kernel"] == (8, 8, 8)
-    assert not found.follows & {"conv1/kernel", "linear/kernel", "layer2_0/conv1/kernel"}
-    assert len(found.follows) == 5
+    assert widths["conv1/kernel"] == (8, None, 8) and widths["fc/kernel"] == (8, 8, 8)
+    assert found.follows == {"conv3/kernel"}
 
 
 # --- presets at full size --------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +22,11 @@ from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recip
 from jaxvision.optim import optimizers, schedules
 from jaxvision.quant import interval
 from jaxvision.quant.families import FAMILIES
+from tests.devices import environment
 
 ROOT = Path(__file__).parents[3]
 IMAGE = np.zeros((1, 4, 4, 3), np.float32)
 FAMILY = FAMILIES["lbt"]
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Network(nn.Module):
@@ -65,7 +64,7 @@ def trainer(how, network=None, accumulate=1):
 
 @functools.cache
 def start():
-    variables = compiled(Network().init)(jax.random.key(0), IMAGE)
+    variables = jax.jit(Network().init)(jax.random.key(0), IMAGE)
     return {**variables, MEMBER: jnp.int32(0)}
 
 
@@ -81,7 +80,7 @@ def gammas(state):
 @functools.cache
 def program(trained, name):
     """A method of a trainer, compiled once for all tests."""
-    return compiled(getattr(trained, name))
+    return jax.jit(getattr(trained, name))
 
 
 LBT = trainer(control.lbt((0.5,), 0.01, "quantile"))
@@ -175,7 +174,7 @@ def test_integers_and_floats_agree():
     state = begin(LBT, alpha=0.5)
     expected, loss = program(LBT, "step")(state, batch(), jax.random.key(0))
     integer = trainer(LBT.control, quantized(execution="int"))
-    new, metrics = compiled(integer.step)(state, batch(), jax.random.key(0))
+    new, metrics = jax.jit(integer.step)(state, batch(), jax.random.key(0))
     assert metrics["loss"].compute() == pytest.approx(float(loss["loss"].compute()), rel=1e-5)
     assert gammas(new) == pytest.approx(gammas(expected))
     for name, leaf in trees.named_leaves(new.params).items():
@@ -184,13 +183,13 @@ def test_integers_and_floats_agree():
 
 def test_the_probe_measures_without_changing_anything():
     state = begin(LBT, alpha=0.5)
-    found = compiled(LBT.probe)(state, {**batch(), "mask": np.ones(16, np.float32)})
+    found = jax.jit(LBT.probe)(state, {**batch(), "mask": np.ones(16, np.float32)})
     values = {name: float(metric.compute()) for name, metric in found.items()}
     assert {name.split("/")[0] for name in values} == {"gamma", "ratio", "error", "large_error"}
     assert values["gamma/one"] == pytest.approx(gammas(state)["one/kernel"])
     assert 0 < values["error/two"] < values["large_error/two"] < 1
     piecewise = trainer(control.piecewise(), quantized("piecewise"))
-    other = compiled(piecewise.probe)(begin(piecewise), batch())
+    other = jax.jit(piecewise.probe)(begin(piecewise), batch())
     # Min-max: the largest gradients err by half a step at most.
     assert float(other["ratio/two"].compute()) == 0 and float(other["large_error/two"].compute()) < 0.2
 
@@ -200,7 +199,7 @@ def test_arms_with_float_gradients_have_no_gamma():
     trained = trainer(None, QuantizedNetwork(Network(), (Rule("^(one|two)/", layer),)))
     state = begin(trained)
     assert set(state.model_state) == {"batch_stats"}
-    new, metrics = compiled(trained.step)(state, batch(), jax.random.key(0))
+    new, metrics = jax.jit(trained.step)(state, batch(), jax.random.key(0))
     assert set(metrics) == {"loss", "grad_norm"}
     plain = trainer(None, Network())
     assert trees.named_leaves(begin(plain).params).keys() == trees.named_leaves(start()["params"]).keys()
@@ -229,14 +228,8 @@ print(json.dumps([jax.device_count(), found]))
 def test_eight_devices_have_the_gamma_of_one():
     counts, found = [], []
     for devices, modes in ((1, ["jit"]), (8, ["jit", "pmap"])):
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-            "PYTHONPATH": str(ROOT),
-        }
         command = [sys.executable, "-c", DEVICES, *modes]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, env=environment(devices), cwd=ROOT, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr
         count, values = json.loads(done.stdout.splitlines()[-1])
         counts.append(count)

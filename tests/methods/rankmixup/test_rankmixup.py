@@ -11,7 +11,6 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.methods.rankmixup.rankmixup import mndcg_loss, mrl_loss, ranking_metrics
 from tests.arrays import load
 from tests.losses.oracle import FOLDER, check
-from tests.quickly import quick_jit
 
 MRL = [load(FOLDER / "rankmixup" / f"mrl_{k}.npz") for k in range(4)]
 MNDCG = [load(FOLDER / "rankmixup" / f"mndcg_{k}.npz") for k in range(5)]
@@ -29,7 +28,7 @@ def differentiate(function, cases):
         return loss, gradients
 
     arrays, settings = [case[:-1] for case in cases], [case[-1] for case in cases]
-    run = quick_jit(lambda arrays: [one(*each, hyper) for each, hyper in zip(arrays, settings, strict=True)])
+    run = jax.jit(lambda arrays: [one(*each, hyper) for each, hyper in zip(arrays, settings, strict=True)])
     return jax.device_get(run(arrays))
 
 
@@ -93,7 +92,7 @@ def test_mrl_over_several_views():
     with pytest.raises(ConfigError, match="MRL compares an image with one mixture, but there are 2 views"):
         mrl_loss(raw, views, labels, keeps)
     hinge = np.maximum(views.max(-1) - raw.max(-1) + 2, 0) * keeps
-    averaged = quick_jit(functools.partial(mrl_loss, average_views=True))
+    averaged = jax.jit(functools.partial(mrl_loss, average_views=True))
     for mixed in (views, views.reshape(-1, raw.shape[1])):
         check(averaged(raw, mixed, labels, keeps).extra, hinge.mean())
 
@@ -132,7 +131,7 @@ def test_mndcg_pushes_all_confidences_of_an_image_the_same_way():
     assert (np.sign(of_top) == np.where(rises, -1, 1))[sure].all()
     relevance = jnp.asarray(data["relevance"].T)
     run = lambda r: mndcg_loss(data["raw_logits"], data["mix_logits"], data["labels"], r).total  # noqa: E731
-    assert not quick_jit(jax.grad(run))(relevance).any()
+    assert not jax.jit(jax.grad(run))(relevance).any()
 
 
 def test_masked_rows_are_as_if_absent():
@@ -172,7 +171,7 @@ def test_ranking_metrics():
     conf = np.asarray([[0.9, 0.6], [0.7, 0.8], [0.8, 0.7], [0.95, 0.55]])  # raw, then three views, of two images
     logits = np.stack([np.log(conf / (1 - conf)), np.zeros_like(conf)], -1).astype(np.float32)
     relevance = np.asarray([[0.7, 0.7], [0.6, 0.6], [1.0, 0.6]], np.float32)
-    run = quick_jit(ranking_metrics)
+    run = jax.jit(ranking_metrics)
     found = run(logits[0], logits[1:], relevance)
     found = {name: float(mean.compute()) for name, mean in found.items()}
     gap = (conf[1:] - relevance).mean()

@@ -20,7 +20,6 @@ from tests.engine.test_calibration_comparison import task as build
 from tests.engine.test_calibration_comparison import untrained
 from tests.losses.oracle import FOLDER, check
 from tests.methods.rankmixup.test_views import TinyNet, variables
-from tests.quickly import quick_jit
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -50,7 +49,7 @@ def test_an_arms_steps_are_the_official_ones(k, monkeypatch):
     for index in range(2):
         step = [index]
         batch = {"image": data["x"][index], "label": data["labels"][index].astype(np.int32)}
-        state, metrics = quick_jit(way.step)(state, batch, jax.random.key(0))
+        state, metrics = jax.jit(way.step)(state, batch, jax.random.key(0))
         parts = [metrics[part].compute() for part in ("loss", "ce", "penalty")]
         check(jnp.stack(parts), data[f"step{index}_loss_ce_rank"], 2e-5)
         check(metrics["grad_norm"].total, data[f"step{index}_grad_norm_before_clip"], 2e-5)

@@ -16,7 +16,6 @@ from jaxvision.models.mixing import soft_targets
 from jaxvision.optim import optimizers
 from tests.arrays import load
 from tests.losses.oracle import FOLDER, check
-from tests.quickly import quick_jit
 
 B, K = 8, 5
 
@@ -41,7 +40,7 @@ def test_views_hold_together(per_sample):
     _, labels = example()
     x = jnp.broadcast_to(jax.nn.one_hot(labels, K)[:, None, None], (B, 2, 2, K))
     draw = lambda key: mixed_views(key, x, labels, num_classes=K, num_views=3, alpha=2.0, per_sample=per_sample)  # noqa: E731
-    views = quick_jit(draw)(jax.random.key(1))
+    views = jax.jit(draw)(jax.random.key(1))
     assert views.images.shape == (3 * B, 2, 2, K) and views.targets.shape == (3 * B, K)
     assert views.lam.shape == ((3, B) if per_sample else (3,)) and len(np.unique(views.lam)) == views.lam.size
     np.testing.assert_allclose(views.images[:, 1, 0], views.targets, atol=1e-6)
@@ -53,7 +52,7 @@ def test_views_hold_together(per_sample):
 
 
 def test_coefficients_are_not_folded_and_permutations_are_uniform():
-    draw = quick_jit(
+    draw = jax.jit(
         jax.vmap(lambda key: mixed_views(key, jnp.arange(4.0), jnp.arange(4), num_classes=4, num_views=1, alpha=2.0))
     )
     views = draw(jax.random.split(jax.random.key(0), 4000))
@@ -73,7 +72,7 @@ def test_images_keep_their_dtype():
 @pytest.mark.parametrize("alpha", [0.0, -1.0])
 def test_without_mixing(alpha):
     x, labels = example()
-    draw = quick_jit(lambda key: mixed_views(key, x, labels, num_classes=K, num_views=1, alpha=alpha))
+    draw = jax.jit(lambda key: mixed_views(key, x, labels, num_classes=K, num_views=1, alpha=alpha))
     views = draw(jax.random.key(0))
     np.testing.assert_array_equal(views.images, x)
     np.testing.assert_array_equal(views.relevance, np.ones((1, B)))
@@ -99,8 +98,8 @@ def test_four_devices_mix_as_one(per_sample):
         with devices.device_axis("d"):
             return draw(x, labels)
 
-    whole = quick_jit(draw)(x, labels)
-    parts = quick_jit(jax.vmap(local, axis_name="d"))(x.reshape(4, 2, 3, 4, 2), labels.reshape(4, 2))
+    whole = jax.jit(draw)(x, labels)
+    parts = jax.jit(jax.vmap(local, axis_name="d"))(x.reshape(4, 2, 3, 4, 2), labels.reshape(4, 2))
 
     def join(array):  # [device, view x row, ...] -> [view x device x row, ...]
         return np.moveaxis(np.asarray(array).reshape(4, 2, 2, *array.shape[2:]), 0, 1).reshape(2 * B, *array.shape[2:])
@@ -141,7 +140,7 @@ def test_two_training_steps(k):
     )
     transform = optax.chain(optimizers.clip_by_global_norm(float(data["clip_norm"])), sgd)
 
-    @quick_jit
+    @jax.jit
     def step(params, stats, opt_state, x, labels, lam, perm):
         images, _ = mix_with(x, soft_targets(labels, 6), lam, perm)
         views = Views(images, None, labels != labels[perm], lam)
