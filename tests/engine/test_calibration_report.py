@@ -18,6 +18,7 @@ import jax, numpy as np
 from jaxvision.engine import evaluate, parallel
 from jaxvision.metrics.calibration_sums import Calibration, Confidences
 from tests.devices import environment
+from tests.devices import environment
 
 generator = np.random.default_rng(0)
 logits = (generator.normal(size=(50, 5)) * 3).astype(np.float32)
