@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -46,7 +46,13 @@ class Budget:
 
 
 class Proposer(Protocol):
-    """How a search gets its next candidate."""
+    """How a search gets its next candidate.
+
+    Attributes:
+      independent: candidates don't depend on scores, so that several are scored at once.
+    """
+
+    independent: ClassVar[bool]
 
     def propose(self, number: int, history: History) -> tuple[Architecture, int]:
         """Candidate ``number`` (from 0), and how many were thrown away for the budget before it."""
@@ -63,6 +69,8 @@ class Given:
 
     architectures: np.ndarray
 
+    independent: ClassVar[bool] = True
+
     def propose(self, number: int, history: History) -> tuple[Architecture, int]:
         del history
         return self.architectures[number], 0
@@ -76,6 +84,8 @@ class Sampling:
     budget: Budget
     seed: int
     tries: int
+
+    independent: ClassVar[bool] = True
 
     def propose(self, number: int, history: History) -> tuple[Architecture, int]:
         del history
@@ -106,6 +116,8 @@ class Evolution:
     initial: Architecture
     parents: int
     replacements: int = 2
+
+    independent: ClassVar[bool] = False
 
     def propose(self, number: int, history: History) -> tuple[Architecture, int]:
         draw = rng.generator(self.seed, "az_nas/candidate", number)

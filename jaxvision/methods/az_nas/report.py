@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxvision.engine.report import Figure, Report, Results, Table
-from jaxvision.methods.az_nas import figures, found
+from jaxvision.methods.az_nas import exports, figures
 from jaxvision.methods.az_nas import outcome as outcomes
 from jaxvision.methods.az_nas.outcome import Outcome, Ranking, Truth
 from jaxvision.methods.az_nas.spaces.space import Space
@@ -72,8 +72,8 @@ def make(title: str, space: Space, outcome: Outcome, truths: Sequence[Truth], se
     cost = space.cost(outcome.architectures[outcome.found])
     summary |= {"found/flops": float(cost.flops), "found/params": float(cost.params)}
     files = {
-        "found.py": found.config_file(space, outcome.architectures[outcome.found], title, settings.preset),
-        "candidates.csv": found.candidates_file(space, outcome),
+        "found.py": exports.config_file(space, outcome.architectures[outcome.found], title, settings.preset),
+        "candidates.csv": exports.candidates_file(space, outcome),
     }
     drawn = _figures(outcome, truths, correlations)
     return Report(title, tuple(tables), drawn, summary, (*settings.notes, *_notes(outcome, settings, results)), files)

@@ -21,8 +21,18 @@ from jaxvision.methods.az_nas.proposals import Proposer
 from jaxvision.methods.az_nas.spaces.space import Architecture
 from jaxvision.metrics import Mean
 
-Scorer = Callable[[Architecture, jax.Array], Mapping[str, float]]
-"""``(architecture int32, key) -> {proxy: value}``; larger is better, NaN where there is none."""
+Scorer = Callable[[np.ndarray, jax.Array], Mapping[str, np.ndarray]]
+"""``(architectures int32 [n, *shape], keys [n]) -> {proxy: [n]}``; larger is better, NaN where there is no value."""
+
+
+def one_by_one(score: Callable[[Architecture, jax.Array], Mapping[str, float]]) -> Scorer:
+    """A scorer of one architecture as one of several, one after the other."""
+
+    def each(architectures: np.ndarray, keys: jax.Array) -> dict[str, np.ndarray]:
+        found = [score(architecture, key) for architecture, key in zip(architectures, keys)]
+        return {name: np.asarray([float(one[name]) for one in found]) for name in found[0]}
+
+    return each
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,10 @@ class Search:
         numbers = [int(number) for number in batch["candidates"]]
         history, rejected = self.history(state, numbers[0]), 0
         seen, seconds = self._seen(history), dict.fromkeys(self.scorers, 0.0)
-        for number in numbers:
-            architecture, thrown = self.proposer.propose(number, history)
-            rejected += thrown
-            history.add(architecture, self._scores(architecture, history, seen, seconds))
+        for group in [numbers] if self.proposer.independent else [[number] for number in numbers]:
+            proposed = [self.proposer.propose(number, history) for number in group]
+            rejected += sum(thrown for _, thrown in proposed)
+            self._score(np.stack([architecture for architecture, _ in proposed]), history, seen, seconds)
         extra = {
             **state.extra,
             "architectures": jnp.asarray(history.architectures),
@@ -111,27 +121,38 @@ class Search:
             seen.setdefault(self.canonical(history.architectures[index]), index)
         return seen
 
-    def _scores(
-        self, architecture: Architecture, history: History, seen: dict[bytes, int], seconds: dict[str, float]
-    ) -> np.ndarray:
-        """The values [columns] of the next candidate; ``seconds`` grows by what each scorer took."""
-        number = history.count
-        found: dict[str, float] = {}
-        first = number if self.canonical is None else seen.setdefault(self.canonical(architecture), number)
-        if first != number:
-            found = dict(zip(self.columns, history.scores[first]))
-        else:
-            for name, scorer in self.scorers.items():
-                begin = time.monotonic()
-                draws = [scorer(architecture, self._key(number, repeat)) for repeat in range(self.repeats)]
-                found |= {proxy: np.mean([draw[proxy] for draw in draws]) for proxy in draws[0]}
-                seconds[name] += time.monotonic() - begin
-        found |= self.counted(architecture)
-        return np.asarray([found[name] for name in self.columns], np.float64)
+    def _score(
+        self, architectures: np.ndarray, history: History, seen: dict[bytes, int], seconds: dict[str, float]
+    ) -> None:
+        """Adds candidates and their values to the history; ``seconds`` grows by what each scorer took."""
+        numbers = np.arange(history.count, history.count + len(architectures))
+        first = numbers.copy()
+        if self.canonical is not None:
+            first[:] = [seen.setdefault(self.canonical(a), int(n)) for a, n in zip(architectures, numbers)]
+        new = np.flatnonzero(first == numbers)
+        found = {name: np.full(len(numbers), np.nan) for name in self.columns}
+        for name, scorer in self.scorers.items() if len(new) else ():
+            begin = time.monotonic()
+            draws = [scorer(architectures[new], self._keys(numbers[new], repeat)) for repeat in range(self.repeats)]
+            for proxy in draws[0]:
+                found[proxy][new] = np.mean([draw[proxy] for draw in draws], 0)
+            seconds[name] += time.monotonic() - begin
+        for index, architecture in enumerate(architectures):
+            row = np.asarray([found[name][index] for name in self.columns])
+            if first[index] != numbers[index]:
+                row = history.scores[first[index]].copy()
+            counted = self.counted(architecture)
+            row[[self.columns.index(name) for name in counted]] = list(counted.values())
+            history.add(architecture, row)
 
-    def _key(self, number: int, repeat: int) -> jax.Array:
-        key = rng.key(self.seed, "az_nas/score", number)
-        return jax.random.fold_in(key, repeat) if repeat else key
+    def _keys(self, numbers: np.ndarray, repeat: int) -> jax.Array:
+        """The keys [n] of candidates; each is its number's alone."""
+
+        def one(number: jax.Array) -> jax.Array:
+            key = rng.key(self.seed, "az_nas/score", number)
+            return jax.random.fold_in(key, repeat) if repeat else key
+
+        return jax.vmap(one)(jnp.asarray(numbers))
 
     def _metrics(self, history: History, added: int, rejected: int) -> Metrics:
         new = history.scores[history.count - added : history.count]
