@@ -6,7 +6,7 @@ depend on how many candidates a step takes.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,22 @@ def one_by_one(score: Callable[[Architecture, jax.Array], Mapping[str, float]]) 
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """One way to score.
+
+    Attributes:
+      columns: the proxies that it gives.
+      score: the function.
+      canonical: the architecture that stands for all that compute the same function; it is scored once for them, in
+        their place. None: every architecture is scored.
+    """
+
+    columns: tuple[str, ...]
+    score: Scorer
+    canonical: Callable[[Architecture], Architecture] | None = None
+
+
+@dataclass(frozen=True)
 class Numbers:
     """The "batches" of a search: which candidates a step takes."""
 
@@ -60,26 +76,23 @@ class Search:
     Attributes:
       shape: of an architecture.
       proposer: where candidates come from.
-      scorers: name -> function; each gives the values of some of the columns.
+      scorings: by name; each gives the values of some of the columns.
       columns: the proxies, in the order of the stored scores.
       ranked: those that the search ranks by.
       count: N, how many candidates.
       repeats: scores are means over as many draws of weights, inputs and probes.
       counted: gives the columns that are counted rather than measured, from the architecture alone.
-      canonical: ``architecture -> bytes``, equal for architectures that compute the same function: the scorers run once
-        for them all; None runs them for every one.
     """
 
     shape: tuple[int, ...]
     proposer: Proposer
-    scorers: Mapping[str, Scorer]
+    scorings: Mapping[str, Scoring]
     columns: tuple[str, ...]
     ranked: tuple[str, ...]
     count: int
     seed: int
     counted: Callable[[Architecture], Mapping[str, float]]
     repeats: int = 1
-    canonical: Callable[[Architecture], bytes] | None = None
 
     def empty(self) -> dict[str, jax.Array]:
         """No candidates: ``architectures`` int32 [N, *shape], ``scores`` int32 [N, columns, 2]."""
@@ -93,11 +106,20 @@ class Search:
         del key  # a candidate's key is its number's, whatever a step takes
         numbers = [int(number) for number in batch["candidates"]]
         history, rejected = self.history(state, numbers[0]), 0
-        seen, seconds = self._seen(history), dict.fromkeys(self.scorers, 0.0)
+        seconds = dict.fromkeys(self.scorings, 0.0)
         for group in [numbers] if self.proposer.independent else [[number] for number in numbers]:
             proposed = [self.proposer.propose(number, history) for number in group]
             rejected += sum(thrown for _, thrown in proposed)
-            self._score(np.stack([architecture for architecture, _ in proposed]), history, seen, seconds)
+            architectures = np.stack([architecture for architecture, _ in proposed])
+            values = np.full((len(group), len(self.columns)), np.nan)
+            for name, scoring in self.scorings.items():
+                begin = time.monotonic()
+                values[:, self._places(scoring.columns)] = self._score(scoring, architectures, history)
+                seconds[name] += time.monotonic() - begin
+            for architecture, row in zip(architectures, values):
+                counted = self.counted(architecture)
+                row[self._places(counted)] = list(counted.values())
+                history.add(architecture, row)
         extra = {
             **state.extra,
             "architectures": jnp.asarray(history.architectures),
@@ -112,38 +134,32 @@ class Search:
         architectures, scores = np.array(state.extra["architectures"]), from_bits(np.asarray(state.extra["scores"]))
         return History(architectures, scores, count, [self.columns.index(name) for name in self.ranked])
 
-    def _seen(self, history: History) -> dict[bytes, int]:
+    def _places(self, names: Iterable[str]) -> list[int]:
+        return [self.columns.index(name) for name in names]
+
+    def _score(self, scoring: Scoring, architectures: np.ndarray, history: History) -> np.ndarray:
+        """The values [n, scoring.columns] of the next n candidates."""
+        numbers = history.count + np.arange(len(architectures))
+        scored, first = architectures, numbers
+        if scoring.canonical is not None:
+            scored = np.stack([scoring.canonical(architecture) for architecture in architectures])
+            seen = self._seen(scoring, history)
+            first = np.asarray([seen.setdefault(a.tobytes(), int(n)) for a, n in zip(scored, numbers)])
+        values = np.full((len(numbers), len(scoring.columns)), np.nan)
+        new = np.flatnonzero(first == numbers)
+        if len(new):
+            draws = [scoring.score(scored[new], self._keys(numbers[new], repeat)) for repeat in range(self.repeats)]
+            for column, proxy in enumerate(scoring.columns):
+                values[new, column] = np.mean([draw[proxy] for draw in draws], 0)
+        known = np.concatenate([history.scores[: history.count, self._places(scoring.columns)], values])
+        return known[first]
+
+    def _seen(self, scoring: Scoring, history: History) -> dict[bytes, int]:
         """The first candidate of each function."""
-        if self.canonical is None:
-            return {}
         seen: dict[bytes, int] = {}
         for index in range(history.count):
-            seen.setdefault(self.canonical(history.architectures[index]), index)
+            seen.setdefault(scoring.canonical(history.architectures[index]).tobytes(), index)
         return seen
-
-    def _score(
-        self, architectures: np.ndarray, history: History, seen: dict[bytes, int], seconds: dict[str, float]
-    ) -> None:
-        """Adds candidates and their values to the history; ``seconds`` grows by what each scorer took."""
-        numbers = np.arange(history.count, history.count + len(architectures))
-        first = numbers.copy()
-        if self.canonical is not None:
-            first[:] = [seen.setdefault(self.canonical(a), int(n)) for a, n in zip(architectures, numbers)]
-        new = np.flatnonzero(first == numbers)
-        found = {name: np.full(len(numbers), np.nan) for name in self.columns}
-        for name, scorer in self.scorers.items() if len(new) else ():
-            begin = time.monotonic()
-            draws = [scorer(architectures[new], self._keys(numbers[new], repeat)) for repeat in range(self.repeats)]
-            for proxy in draws[0]:
-                found[proxy][new] = np.mean([draw[proxy] for draw in draws], 0)
-            seconds[name] += time.monotonic() - begin
-        for index, architecture in enumerate(architectures):
-            row = np.asarray([found[name][index] for name in self.columns])
-            if first[index] != numbers[index]:
-                row = history.scores[first[index]].copy()
-            counted = self.counted(architecture)
-            row[[self.columns.index(name) for name in counted]] = list(counted.values())
-            history.add(architecture, row)
 
     def _keys(self, numbers: np.ndarray, repeat: int) -> jax.Array:
         """The keys [n] of candidates; each is its number's alone."""

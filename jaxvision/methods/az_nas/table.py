@@ -58,15 +58,18 @@ def _check(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
             raise DataError(f"{path}: column '{name}' has {len(array):,} rows, the benchmark {count:,}; {_HOW}")
     expected = parameters()
     wrong = np.flatnonzero(arrays["params"] != expected)
-    if not len(wrong) and not np.array_equal(arrays["arch_ops"], operations()):
-        wrong = np.flatnonzero((arrays["arch_ops"] != operations()).any(1))
     if len(wrong):
         row = int(wrong[0])
-        raise DataError(
-            f"{path}: row {row} has {int(arrays['params'][row]):,} parameters, architecture {row} "
-            f"({nas_bench_201.to_string(nas_bench_201.from_index(row))}) has {int(expected[row]):,} "
-            f"({len(wrong):,} rows differ): the rows are in another order than the product of the operations; {_HOW}"
-        )
+        has = f"row {row} has {int(arrays['params'][row]):,} parameters, architecture {row} has {int(expected[row]):,}"
+    else:
+        wrong = np.flatnonzero((arrays["arch_ops"] != operations()).any(1))
+        if not len(wrong):
+            return
+        row = int(wrong[0])
+        has = f"row {row} has the operations {arrays['arch_ops'][row].tolist()}, architecture {row} others"
+    raise DataError(
+        f"{path}: {has} ({len(wrong):,} rows differ): it is in another order than the product of the operations; {_HOW}"
+    )
 
 
 def operations() -> np.ndarray:

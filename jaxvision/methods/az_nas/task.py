@@ -18,7 +18,7 @@ from jaxvision.methods.az_nas import outcome as outcomes
 from jaxvision.methods.az_nas import proposals, report, table
 from jaxvision.methods.az_nas.outcome import Outcome, Truth
 from jaxvision.methods.az_nas.proposals import Budget, Evolution, Given, Proposer, Sampling
-from jaxvision.methods.az_nas.search import Numbers, Search, one_by_one
+from jaxvision.methods.az_nas.search import Numbers, Scoring, Search, one_by_one
 from jaxvision.methods.az_nas.spaces import catalog
 from jaxvision.methods.az_nas.spaces.catalog import Entry
 
@@ -71,21 +71,23 @@ def _search(config: Config, entry: Entry) -> tuple[Search, Numbers]:
     resolution, batch_size = scoring.positive("resolution"), scoring.positive("batch_size")
     repeats, together = scoring.positive("repeats"), scoring.positive("together", zero=True)
     proposer, count = _proposer(config, entry)
-    scorers = {outcomes.AZ_NAS: one_by_one(space.scorer(resolution, batch_size))}
+    score = one_by_one(space.scorer(resolution, batch_size))
     if together:
         if entry.batched is None:
             raise ConfigError(
                 f"config.scoring.together={together}: the space {entry.name!r} scores one architecture at a time; use 0"
             )
-        scorers[outcomes.AZ_NAS] = entry.batched(resolution, batch_size, together)
+        score = entry.batched(resolution, batch_size, together)
+    canonical = entry.canonical if block.one_of("once_per_function", (True, False)) else None
+    if block.once_per_function and canonical is None:
+        raise ConfigError(f"config.search.once_per_function=True: the space {entry.name!r} can't tell equal functions")
+    measured = tuple(name for name in space.proxies if name != COMPLEXITY)
+    scorings = {outcomes.AZ_NAS: Scoring(measured, score, canonical)}
     columns = tuple(space.proxies)
     ranked = tuple(block.rank_by) or tuple(space.proxies)
     for name in ranked:
         if name not in columns:
             raise unknown(block.where("rank_by"), name, columns)
-    canonical = entry.canonical if block.one_of("once_per_function", (True, False)) else None
-    if block.once_per_function and canonical is None:
-        raise ConfigError(f"config.search.once_per_function=True: the space {entry.name!r} can't tell equal functions")
 
     def counted(architecture: np.ndarray) -> dict[str, float]:
         return {COMPLEXITY: float(space.cost(architecture).flops)}
@@ -94,14 +96,13 @@ def _search(config: Config, entry: Entry) -> tuple[Search, Numbers]:
     search = Search(
         shape=space.shape,
         proposer=proposer,
-        scorers=scorers,
+        scorings=scorings,
         columns=columns,
         ranked=ranked,
         count=count,
         seed=config.seed,
         counted=counted,
         repeats=repeats,
-        canonical=canonical,
     )
     # A budget that nothing meets shows before anything is compiled.
     proposer.propose(0, search.history(State(jnp.zeros((), jnp.int32), extra=search.empty()), 0))
@@ -175,7 +176,7 @@ def _report_settings(config: Config, entry: Entry, search: Search) -> report.Set
         pool=block.positive("pool"),
         runs=block.positive("runs"),
         seed=config.seed,
-        scorers=tuple(search.scorers),
+        scorers=tuple(search.scorings),
         preset=entry.preset,
         notes=tuple(notes),
     )

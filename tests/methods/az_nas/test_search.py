@@ -14,7 +14,7 @@ from jaxvision.methods.az_nas import proposals
 from jaxvision.methods.az_nas.history import History, from_bits, to_bits
 from jaxvision.methods.az_nas.proposals import Budget, Evolution, Given, Sampling
 from jaxvision.methods.az_nas.ranks import Ranks
-from jaxvision.methods.az_nas.search import Numbers, Search, one_by_one
+from jaxvision.methods.az_nas.search import Numbers, Scoring, Search, one_by_one
 from tests.methods.az_nas.digit_space import PROXIES, DigitSpace
 
 SPACE = DigitSpace()
@@ -25,7 +25,7 @@ def make_search(proposer, count, **changes):
     settings = {
         "shape": SPACE.shape,
         "proposer": proposer,
-        "scorers": {"az_nas": one_by_one(SPACE.scorer(8, 2))},
+        "scorings": {"az_nas": Scoring(PROXIES[:3], one_by_one(SPACE.scorer(8, 2)))},
         "columns": PROXIES,
         "ranked": PROXIES,
         "count": count,
@@ -130,9 +130,8 @@ def test_repeats_average_and_functions_are_scored_once():
 
     once, _ = fold(make_search(Given(given), 3), 2)
     keys = [rng.key(3, "az_nas/score", 0), jax.random.fold_in(rng.key(3, "az_nas/score", 0), 1)]
-    shared = make_search(
-        Given(given), 3, scorers={"az_nas": one_by_one(counted)}, repeats=2, canonical=lambda a: a[:3].tobytes()
-    )
+    scoring = Scoring(PROXIES[:3], one_by_one(counted), canonical=lambda a: np.append(a[:3], 0))
+    shared = make_search(Given(given), 3, scorings={"az_nas": scoring}, repeats=2)
     history, _ = fold(shared, 2)
     assert len(calls) == 4
     assert history.scores[0, 0] == np.mean([scorer(given[0], key)["expressivity"] for key in keys])

@@ -20,7 +20,7 @@ class Entry:
       initial: where evolution starts; None: it can't.
       size: how many architectures there are, where they can be numbered; else 0.
       at, number: the architecture of a number below ``size``, and its inverse.
-      canonical: equal bytes for architectures that compute the same function.
+      canonical: the architecture that stands for all that compute the same function.
       in_benchmark: whether NAS-Bench-201's table has their accuracies, by ``number``.
       batched: ``(resolution, batch_size, together) -> scorer`` of several architectures at once, for accelerators.
     """
@@ -32,7 +32,7 @@ class Entry:
     size: int = 0
     at: Callable[[int], Architecture] | None = None
     number: Callable[[Architecture], int] | None = None
-    canonical: Callable[[Architecture], bytes] | None = None
+    canonical: Callable[[Architecture], Architecture] | None = None
     in_benchmark: bool = False
     batched: Callable[[int, int, int], Scorer] | None = None
 
