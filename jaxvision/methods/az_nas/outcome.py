@@ -69,22 +69,43 @@ class Outcome:
       architectures: int32 [N, *shape].
       scores: column -> float64 [N], -inf where a proxy had no value.
       missing: column -> how many had none.
-      main: the search's own ranking.
-      rankings: all that the tables compare, ``main`` among them.
+      rankings: all that the tables compare, the search's own first.
       ablation: subsets of its proxies.
     """
 
     architectures: np.ndarray
     scores: dict[str, np.ndarray]
     missing: dict[str, int]
-    main: Ranking
     rankings: tuple[Ranking, ...]
     ablation: tuple[Ranking, ...]
+
+    @property
+    def main(self) -> Ranking:
+        """The search's own ranking."""
+        return self.rankings[0]
 
     @property
     def found(self) -> int:
         """The candidate with the largest aggregate; the first of equals."""
         return int(np.argmax(self.main.of(self.scores)))
+
+
+def rankings(columns: Sequence[str], ranked: Sequence[str]) -> tuple[Ranking, ...]:
+    """What the tables compare: the search's own ranking first, then its variants, then the proxies one by one.
+
+    Args:
+      columns: all proxies that were measured.
+      ranked: those that the search ranks by.
+    """
+    main = Ranking(AZ_NAS if len(ranked) > 1 else ranked[0], tuple(ranked))
+    made = [main]
+    if len(ranked) > 1:
+        made.append(Ranking(f"{AZ_NAS}_linear", main.columns, "linear"))
+        made += [Ranking(f"{AZ_NAS}+{name}", (*ranked, name)) for name in ADDED if name in columns]
+    parts = {part for pair in PAIRS.values() for part in pair}
+    made += [Ranking(name, (name,)) for name in columns if name not in parts and name != main.name]
+    made += [Ranking(name, pair, "linear") for name, pair in PAIRS.items() if set(pair) <= set(columns)]
+    return tuple(made)
 
 
 def read(architectures: np.ndarray, scores: np.ndarray, columns: Sequence[str], ranked: Sequence[str]) -> Outcome:
@@ -96,18 +117,9 @@ def read(architectures: np.ndarray, scores: np.ndarray, columns: Sequence[str], 
       columns: names.
       ranked: those that the search ranked by.
     """
-    finite = np.where(np.isnan(scores), -np.inf, scores)
-    main = Ranking(AZ_NAS if len(ranked) > 1 else ranked[0], tuple(ranked))
-    rankings = [main]
-    if len(ranked) > 1:
-        rankings.append(Ranking(f"{AZ_NAS}_linear", main.columns, "linear"))
-        rankings += [Ranking(f"{AZ_NAS}+{name}", (*ranked, name)) for name in ADDED if name in columns]
-    parts = {part for pair in PAIRS.values() for part in pair}
-    rankings += [Ranking(name, (name,)) for name in columns if name not in parts and name != main.name]
-    rankings += [Ranking(name, pair, "linear") for name, pair in PAIRS.items() if set(pair) <= set(columns)]
-    by_name = dict(zip(columns, finite.T))
+    by_name = dict(zip(columns, np.where(np.isnan(scores), -np.inf, scores).T))
     missing = {name: int(np.isneginf(values).sum()) for name, values in by_name.items()}
-    return Outcome(architectures, by_name, missing, main, tuple(rankings), _ablation(ranked))
+    return Outcome(architectures, by_name, missing, rankings(columns, ranked), _ablation(ranked))
 
 
 def _ablation(ranked: Sequence[str]) -> tuple[Ranking, ...]:

@@ -22,6 +22,7 @@ class Entry:
       at, number: the architecture of a number below ``size``, and its inverse.
       canonical: the architecture that stands for all that compute the same function.
       in_benchmark: whether NAS-Bench-201's table has their accuracies, by ``number``.
+      network: width and cells of the NAS-Bench-201 network, for the proxies of other papers, which know no other.
       batched: ``(resolution, batch_size, together) -> scorer`` of several architectures at once, for accelerators.
     """
 
@@ -34,6 +35,7 @@ class Entry:
     number: Callable[[Architecture], int] | None = None
     canonical: Callable[[Architecture], Architecture] | None = None
     in_benchmark: bool = False
+    network: dict[str, int] | None = None
     batched: Callable[[int, int, int], Scorer] | None = None
 
 
