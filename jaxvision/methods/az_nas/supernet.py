@@ -1,0 +1,262 @@
+"""NAS-Bench-201's network as a pure function of an architecture that is data: one program for all 15,625 cells.
+
+The kernel of an edge lies in one slot [3, 3, C, C] whatever the edge does: a 3x3 kernel, a 1x1 kernel in its middle, or
+zeros. So the parameters of all architectures have one structure, a gradient is zero where an architecture has no weight,
+and nothing that sums over weights has to know the architecture.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxvision.core import trees
+from jaxvision.core.errors import ConfigError, unknown
+from jaxvision.methods.az_nas import supernet_layers as layers
+from jaxvision.methods.az_nas.supernet_layers import BATCH, GIVEN, OFF
+from jaxvision.models.nas_bench_201 import CONV_1X1, CONV_3X3, EDGES
+
+Params = dict[str, Any]
+Statistics = dict[str, Any]
+
+INITS = ("kaiming", "normal", "default")
+STAGES = 3
+NODES = 4
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What surrounds the cells.
+
+    Attributes:
+      width: channels C of the first stage; 2 C and 4 C in the others.
+      cells: a stage, N.
+      num_classes: K.
+      channels: of the images.
+    """
+
+    width: int = 16
+    cells: int = 5
+    num_classes: int = 10
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("width", "cells", "num_classes", "channels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} of the NAS-Bench-201 network must be at least 1")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the three stages."""
+        return tuple(self.width * 2**stage for stage in range(STAGES))
+
+
+class Output(NamedTuple):
+    """What a forward pass yields.
+
+    Attributes:
+      logits: float32 [B, K].
+      features: float32 [B, H / 4, W / 4, 4 C], after the last ReLU, before pooling.
+      statistics: ``mean`` and (biased) ``var`` float32 [..., C] of each normalisation, in the structure of
+        :func:`initial_statistics`; constants to a gradient.
+      agreement: float32 [B, B], over all ReLUs the number of units that are positive in both images or in neither;
+        None where it isn't asked for.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    statistics: Statistics
+    agreement: jax.Array | None
+
+
+def shapes(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+    """The parameters' shapes by name; ``.../kernel`` are weights, the others scales and biases."""
+    first, *_, last = skeleton.widths
+    found = {"stem/kernel": (3, 3, skeleton.channels, first), **_affine("stem", (first,))}
+    for stage, width in enumerate(skeleton.widths):
+        if stage:
+            name, half = f"reduction{stage}", width // 2
+            found |= {f"{name}/first/kernel": (3, 3, half, width), **_affine(f"{name}/first", (width,))}
+            found |= {f"{name}/second/kernel": (3, 3, width, width), **_affine(f"{name}/second", (width,))}
+            found[f"{name}/shortcut/kernel"] = (1, 1, half, width)
+        name, stack = f"stage{stage + 1}", (skeleton.cells, len(EDGES))
+        found |= {f"{name}/kernel": (*stack, 3, 3, width, width), **_affine(name, (*stack, width))}
+    found |= _affine("last", (last,))
+    return found | {"head/kernel": (last, skeleton.num_classes), "head/bias": (skeleton.num_classes,)}
+
+
+def _affine(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}/scale": shape, f"{name}/bias": shape}
+
+
+def init(key: jax.Array, architecture: jax.Array, skeleton: Skeleton, how: str = "kaiming") -> Params:
+    """Fresh parameters of one architecture; scales of normalisations are 1, their biases 0.
+
+    Args:
+      key: of the draw.
+      architecture: int32 [6], may be traced.
+      skeleton: of the network.
+      how: the weights' distribution. "kaiming": N(0, 2 / fan_in), no bias (AZ-NAS and most proxies); "normal":
+        N(0, 1), no bias (Zen); "default": PyTorch's U(+-1 / sqrt(fan_in)), the head's bias as well (TE-NAS, GradSign,
+        ZiCo). The fan-in of a 1x1 edge is C, of a 3x3 edge 9 C.
+
+    Returns:
+      nested dict of float32 arrays, shapes as :func:`shapes`; slots of edges without a convolution are zero.
+
+    Raises:
+      ConfigError: another ``how``.
+    """
+    if how not in INITS:
+        raise unknown("how", how, INITS)
+    wanted = shapes(skeleton)
+    drawn = [name for name in wanted if name.endswith("kernel") or (name == "head/bias" and how == "default")]
+    sizes = [math.prod(wanted[name]) for name in drawn]
+    # One draw for all: the time to compile a generator counts.
+    total = (sum(sizes),)
+    flat = jax.random.uniform(key, total, minval=-1.0) if how == "default" else jax.random.normal(key, total)
+    values = {name: jnp.full(shape, name.endswith("scale"), jnp.float32) for name, shape in wanted.items()}
+    start = 0
+    for name, size in zip(drawn, sizes, strict=True):
+        values[name] = flat[start : start + size].reshape(wanted[name])
+        start += size
+        if name.startswith("stage"):
+            values[name] *= _slots(architecture, wanted[name][-1], how)
+        else:
+            fan_in = skeleton.widths[-1] if name.startswith("head") else math.prod(wanted[name][:-1])
+            values[name] *= _spread(fan_in, how)
+    return trees.nested(values)
+
+
+def _spread(fan_in: int, how: str) -> float:
+    return {"kaiming": math.sqrt(2 / fan_in), "normal": 1.0, "default": 1 / math.sqrt(fan_in)}[how]
+
+
+def _slots(architecture: jax.Array, width: int, how: str) -> jax.Array:
+    """The factor of each number of the edges' slots, [6, 3, 3, 1, 1]: zero where the architecture has no weight."""
+    middle = jnp.zeros((3, 3)).at[1, 1].set(_spread(width, how))
+    everywhere = jnp.full((3, 3), _spread(9 * width, how))
+    operation = architecture[:, None, None]
+    factor = jnp.where(operation == CONV_1X1, middle, 0) + jnp.where(operation == CONV_3X3, everywhere, 0)
+    return factor[..., None, None]
+
+
+def initial_statistics(params: Params) -> Statistics:
+    """Running statistics at the start: ``mean`` 0 and ``var`` 1 for each scale, of its shape and dtype."""
+    scales = {name: leaf for name, leaf in trees.named_leaves(params).items() if name.endswith("/scale")}
+    means = {name.replace("/scale", "/mean"): jnp.zeros_like(leaf) for name, leaf in scales.items()}
+    variances = {name.replace("/scale", "/var"): jnp.ones_like(leaf) for name, leaf in scales.items()}
+    return trees.nested(means | variances)
+
+
+def apply(
+    params: Params,
+    architecture: jax.Array,
+    images: jax.Array,
+    *,
+    running: Statistics | None = None,
+    normalised: bool = True,
+    agreement: bool = False,
+) -> Output:
+    """The network of one architecture.
+
+    Stem, N cells, reduction, N cells, reduction, N cells, normalisation, ReLU, mean over the pixels, linear layer. A
+    node of a cell is the sum of its edges. Differentiable once in reverse mode, and then forward over reverse
+    (``jax.jvp`` of ``jax.grad``).
+
+    Args:
+      params: as :func:`init` makes them.
+      architecture: int32 [6], may be traced.
+      images: float32 [B, H, W, channels]; H and W multiples of 4.
+      running: statistics to normalise with, without gradients; None: the batch's own.
+      normalised: False: every normalisation is left out, scale and bias included (SynFlow).
+      agreement: whether to count it.
+
+    Returns:
+      See :class:`Output`. Source: the official code's ``tss_model``.
+    """
+    statistics = OFF if not normalised else GIVEN if running is not None else BATCH
+    given = initial_statistics(params) if running is None else running
+    net, found = _Network(architecture, statistics, agreement), {}
+    x, found["stem"] = net.normalise(layers.convolve(images, params["stem"]["kernel"]), params["stem"], given["stem"])
+    count = jnp.zeros((len(images), len(images)), x.dtype)
+    for stage in range(1, STAGES + 1):
+        if stage > 1:
+            name = f"reduction{stage - 1}"
+            x, found[name], count = net.reduce(x, params[name], given[name], count)
+        name = f"stage{stage}"
+        x, found[name], count = net.cells(x, params[name], given[name], count)
+    x, found["last"] = net.normalise(x, params["last"], given["last"])
+    count += net.agreement(x)
+    x = jax.nn.relu(x)
+    logits = jnp.mean(x, (1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+    return Output(logits, x, found, count if agreement else None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """The parts of one forward pass.
+
+    Attributes:
+      architecture: int32 [6].
+      statistics: see :mod:`supernet_layers`.
+      counts: whether agreements are counted.
+    """
+
+    architecture: jax.Array
+    statistics: str
+    counts: bool
+
+    def normalise(self, x: jax.Array, params: Params, given: Statistics) -> tuple[jax.Array, Statistics]:
+        """A normalisation outside the cells, scaled and shifted, and its moments."""
+        x, (mean, var) = layers.normalise(x, (given["mean"], given["var"]), self.statistics)
+        if self.statistics != OFF:
+            x = x * params["scale"] + params["bias"]
+        return x, jax.lax.stop_gradient({"mean": mean, "var": var})
+
+    def agreement(self, x: jax.Array) -> jax.Array:
+        """[B, B]: units whose sign agrees, by signs s of +-1: ``(units + s s^T) / 2``, exact up to 2^24 units."""
+        if not self.counts:
+            return jnp.zeros((len(x), len(x)), x.dtype)
+        signs = jnp.where(x.reshape(len(x), -1) > 0, 1, -1).astype(x.dtype)
+        return (signs.shape[1] + jnp.matmul(signs, signs.T, precision="highest")) / 2
+
+    def reduce(self, x: jax.Array, params: Params, given: Statistics, count: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """Half the pixels, twice the channels: two convolutions, and a pooled 1x1 shortcut added."""
+        found = {}
+        count += self.agreement(x)
+        y = layers.convolve(jax.nn.relu(x), params["first"]["kernel"], stride=2)
+        y, found["first"] = self.normalise(y, params["first"], given["first"])
+        count += self.agreement(y)
+        y = layers.convolve(jax.nn.relu(y), params["second"]["kernel"])
+        y, found["second"] = self.normalise(y, params["second"], given["second"])
+        batch, height, width, channels = x.shape
+        pooled = jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, channels), (2, 4))
+        return y + pooled @ params["shortcut"]["kernel"][0, 0], found, count
+
+    def cells(self, x: jax.Array, params: Params, given: Statistics, count: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """The N cells of a stage, a scan over cells and, in it, over edges."""
+        convolution = (self.architecture == CONV_1X1) | (self.architecture == CONV_3X3)
+        to, source = (jnp.asarray(column, jnp.int32) for column in zip(*EDGES, strict=True))
+        leaving = jnp.zeros(NODES, x.dtype).at[source].add(convolution.astype(x.dtype))
+
+        def edge(nodes: jax.Array, it: Any) -> tuple[jax.Array, Statistics]:
+            params, given, operation, convolution, to, source = it
+            y, (mean, var) = layers.edge(
+                nodes[source], params["kernel"], operation, (given["mean"], given["var"]), self.statistics
+            )
+            if self.statistics != OFF:
+                y = y * jnp.where(convolution, params["scale"], 1) + jnp.where(convolution, params["bias"], 0)
+            return nodes.at[to].add(y), {"mean": mean, "var": var}
+
+        def cell(carry: Any, it: Any) -> tuple[Any, Statistics]:
+            (x, count), (params, given) = carry, it
+            nodes = jnp.zeros((NODES, *x.shape), x.dtype).at[0].set(x)
+            nodes, found = jax.lax.scan(edge, nodes, (params, given, self.architecture, convolution, to, source))
+            if self.counts:
+                count += sum(leaving[node] * self.agreement(nodes[node]) for node in range(NODES - 1))
+            return (nodes[NODES - 1], count), found
+
+        (x, count), found = jax.lax.scan(cell, (x, count), (params, given))
+        return x, found, count
