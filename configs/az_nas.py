@@ -87,7 +87,7 @@ def smoke() -> ConfigDict:
     """Every part on a few networks of a few channels."""
     config = base("nas_bench_201", count=12, resolution=8, batch_size=4, save_every=1, tensorboard=False)
     config.search.chunk = 4
-    config.space.options = ConfigDict({"width": 4, "cells": 1})
+    config.space.options = ConfigDict({"width": 4, "num_cells": 1})
     config.report = ConfigDict({"resamples": 20, "pool": 4, "runs": 5})
     return config
 

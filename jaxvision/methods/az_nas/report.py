@@ -26,6 +26,7 @@ class Settings:
       pool, runs: of the small searches in the scores (``outcome.picks``).
       seed: of those.
       scorers: the names under which the search timed its scorers.
+      chunk: candidates of a step.
       preset: of ``configs/classification.py``, with which the found network trains.
       notes: what was run, a sentence each.
     """
@@ -35,6 +36,7 @@ class Settings:
     runs: int
     seed: int
     scorers: tuple[str, ...]
+    chunk: int
     preset: str
     notes: tuple[str, ...] = ()
 

@@ -62,7 +62,7 @@ def _check(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
         row = int(wrong[0])
         has = f"row {row} has {int(arrays['params'][row]):,} parameters, architecture {row} has {int(expected[row]):,}"
     else:
-        wrong = np.flatnonzero((arrays["arch_ops"] != operations()).any(1))
+        wrong = np.flatnonzero((arrays["arch_ops"] != nas_bench_201.all_architectures()).any(1))
         if not len(wrong):
             return
         row = int(wrong[0])
@@ -72,15 +72,9 @@ def _check(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     )
 
 
-def operations() -> np.ndarray:
-    """The six operations of every architecture, int8 [15625, 6]."""
-    every = [nas_bench_201.from_index(index) for index in range(nas_bench_201.NUM_ARCHITECTURES)]
-    return np.stack(every).astype(np.int8)
-
-
 def parameters() -> np.ndarray:
     """Exact parameters of every architecture, int64 [15625]."""
-    return np.asarray(nas_bench_201.parameters(operations(), num_classes=10))
+    return np.asarray(nas_bench_201.parameters(nas_bench_201.all_architectures(), num_classes=10))
 
 
 def pack(records: Sequence[Record], source: str | Path) -> dict[str, np.ndarray]:
@@ -99,7 +93,7 @@ def pack(records: Sequence[Record], source: str | Path) -> dict[str, np.ndarray]
         absent = int(np.setdiff1d(np.arange(count), found)[0])
         text = nas_bench_201.to_string(nas_bench_201.from_index(absent))
         raise DataError(f"{source} holds {len(rows):,} of {count:,} architectures; {text} is missing")
-    arrays = {"arch_ops": operations(), "params": parameters().astype(np.int32)}
+    arrays = {"arch_ops": nas_bench_201.all_architectures().astype(np.int8), "params": parameters().astype(np.int32)}
     claimed = np.empty(count)
     claimed[rows] = [record.params for record in records]
     wrong = int((np.abs(claimed - arrays["params"]) > 1).sum())

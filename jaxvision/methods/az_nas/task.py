@@ -37,7 +37,7 @@ def make(config: Config) -> Task:
             f"config.benchmark_table={path!r} is NAS-Bench-201's; config.space.name={entry.name!r} has no such table"
         )
     accuracies = table.read(path) if path else None
-    settings = _report_settings(config, entry, search)
+    settings = _report_settings(config, entry, search, numbers.chunk)
 
     def init(key: jax.Array) -> State:
         del key
@@ -62,7 +62,7 @@ class Run:
     accuracies: table.AccuracyTable | None
 
 
-def _report_settings(config: Config, entry: Entry, search: Search) -> report.Settings:
+def _report_settings(config: Config, entry: Entry, search: Search, chunk: int) -> report.Settings:
     block, scoring = config.report, config.scoring
     what = "drawn with replacement" if config.search.method == "random" else f"method {config.search.method}"
     draws = "one draw" if scoring.repeats == 1 else f"mean over {scoring.repeats} draws"
@@ -76,6 +76,7 @@ def _report_settings(config: Config, entry: Entry, search: Search) -> report.Set
         runs=block.positive("runs"),
         seed=config.seed,
         scorers=tuple(search.scorings),
+        chunk=chunk,
         preset=entry.preset,
         notes=tuple(notes),
     )

@@ -1,12 +1,21 @@
 """The search spaces by name, and what the search may ask of each beyond :class:`Space`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
 
 from jaxvision.core.config import Config
 from jaxvision.core.errors import unknown
+from jaxvision.methods.az_nas import nb201_program
+from jaxvision.methods.az_nas.nb201_draws import Skeleton
 from jaxvision.methods.az_nas.search import Scorer
+from jaxvision.methods.az_nas.spaces.mbv2 import MBV2
+from jaxvision.methods.az_nas.spaces.nb201 import NasBench201Space
 from jaxvision.methods.az_nas.spaces.space import Architecture, Space
+from jaxvision.models import nas_bench_201
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,53 @@ class Entry:
     batched: Callable[[int, int, int], Scorer] | None = None
 
 
-SPACES: dict[str, Callable[[Config], Entry]] = {}
+def _nas_bench_201(config: Config) -> Entry:
+    space = _made(NasBench201Space, config)
+    skeleton = {"width": space.width, "cells": space.num_cells}
+
+    def batched(resolution: int, batch_size: int, together: int) -> Scorer:
+        sizes = Skeleton(resolution, batch_size, space.width, space.num_cells)
+        score = nb201_program.make_batched_score(sizes, space.init, together=together)
+
+        def padded(architectures: np.ndarray, keys: jax.Array) -> dict[str, np.ndarray]:
+            # A program for each number of architectures would compile again for the last, smaller step.
+            count = len(architectures)
+            rows = np.arange(-(-count // together) * together) % count
+            found = jax.device_get(score(architectures[rows], keys[rows]))
+            return {name: values[:count] for name, values in found.items()}
+
+        return padded
+
+    return Entry(
+        config.name,
+        space,
+        preset="",
+        initial=np.full(space.shape, nas_bench_201.SKIP, np.int32),
+        size=nas_bench_201.NUM_ARCHITECTURES,
+        at=nas_bench_201.from_index,
+        number=nas_bench_201.to_index,
+        canonical=space.function,
+        in_benchmark=True,
+        network=skeleton,
+        batched=batched,
+    )
+
+
+def _mbv2(config: Config) -> Entry:
+    space = _made(MBV2, config)
+    return Entry(config.name, space, preset="imagenet_mbv2_searched", initial=space.initial)
+
+
+def _made(space: type, config: Config) -> Any:
+    """The space with the options of the configuration, which must be fields of its class."""
+    options, known = config.options.to_dict(), {field.name for field in fields(space) if field.init}
+    for name in options:
+        if name not in known:
+            raise unknown(f"{config.where('options')}", name, known)
+    return space(**options)
+
+
+SPACES: dict[str, Callable[[Config], Entry]] = {"nas_bench_201": _nas_bench_201, "mbv2": _mbv2}
 """Name -> function that reads the ``config.space`` block."""
 
 
