@@ -26,6 +26,9 @@ Fields beside those of ``configs/common.py``:
     budget      max_flops, min_params, max_params, max_layers; 0: no limit
     scoring     of AZ-NAS: resolution and batch_size of the noise images, repeats: mean over draws, together: how many
                 networks are computed at once (accelerators; 0: one after the other)
+    baselines   names of other papers' proxies (methods/az_nas/baselines.py; te_nas stands for its two), resolution and
+                batch_size of their noise images, gradsign_mean ("supernet" or "own"), data: the images of those that
+                look at real ones; NAS-Bench-201 only
     benchmark_table  accuracies of NAS-Bench-201, or ""
     report      resamples of the bootstrap; pool and runs: small searches in the scores (pick one of pool, runs times)
 """
@@ -38,6 +41,8 @@ from configs import common
 MBV2 = {"mbv2_450m": (450e6, 14), "mbv2_600m": (600e6, 14), "mbv2_1g": (1000e6, 16)}
 # Name -> (least, most) parameters: AutoFormer's search.
 AUTOFORMER = {"autoformer_t": (4e6, 6e6), "autoformer_s": (21e6, 23e6), "autoformer_b": (52e6, 54e6)}
+# All but TE-NAS, whose kernel costs as much as the others together.
+BASELINES = ("params", "grad_norm", "snip", "synflow", "grasp", "naswot", "zen", "gradsign", "zico")
 PRESETS = ("smoke", "official_sample", "full", *MBV2, *AUTOFORMER)
 
 
@@ -78,9 +83,18 @@ def base(space: str, *, count: int, resolution: int, batch_size: int, **engine) 
     return config
 
 
+def with_baselines(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
+    """The other proxies, on digits of 8 x 8 pixels and noise of that size, which costs a quarter of 16 x 16."""
+    data = common.digits(batch_size=16)
+    config.baselines = ConfigDict(
+        {"names": names, "resolution": 8, "batch_size": 16, "gradsign_mean": "supernet", "data": data}
+    )
+    return config
+
+
 def nas_bench_201() -> ConfigDict:
-    """1,000 draws, as few and small noise images as keep the order of the proxies (section 10 of the specification)."""
-    return base("nas_bench_201", count=1000, resolution=16, batch_size=16)
+    """1,000 draws, on as few and small noise images as keep the order of the proxies."""
+    return with_baselines(base("nas_bench_201", count=1000, resolution=16, batch_size=16), BASELINES)
 
 
 def smoke() -> ConfigDict:
@@ -89,19 +103,19 @@ def smoke() -> ConfigDict:
     config.search.chunk = 4
     config.space.options = ConfigDict({"width": 4, "num_cells": 1})
     config.report = ConfigDict({"resamples": 20, "pool": 4, "runs": 5})
-    return config
+    return with_baselines(config, ("params", "synflow"))
 
 
 def official_sample() -> ConfigDict:
     """The first 701 of numpy's sample of 1,000, for which the official code's scores are known."""
-    config = base("nas_bench_201", count=701, resolution=32, batch_size=64)
+    config = with_baselines(base("nas_bench_201", count=701, resolution=32, batch_size=64), ())
     config.search.method = "sample"
     return config
 
 
 def full() -> ConfigDict:
     """All 15,625 architectures at the paper's setting."""
-    config = base("nas_bench_201", count=0, resolution=32, batch_size=64)
+    config = with_baselines(base("nas_bench_201", count=0, resolution=32, batch_size=64), ())
     config.search.method, config.search.chunk = "all", 125
     return config
 

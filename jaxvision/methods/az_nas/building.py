@@ -78,7 +78,7 @@ def _az_nas(config: Config, entry: Entry) -> Scoring:
 
 
 def _baselines(config: Config, entry: Entry) -> dict[str, Scoring]:
-    """Fields: baselines.names, gradsign_mean, data (of the proxies that look at real images); noise as in scoring."""
+    """Fields: baselines: names, resolution, batch_size, gradsign_mean, data (of the proxies that need real images)."""
     block = config.get("baselines")
     if block is None:
         return {}
@@ -88,7 +88,7 @@ def _baselines(config: Config, entry: Entry) -> dict[str, Scoring]:
     data = recipes.build_data(block.data, config.seed, zoo.spec("nas_bench_201"))
     skeleton = Skeleton(num_classes=data.num_classes, channels=data.image_shape[-1], **entry.network)
     settings = baselines.Settings(
-        skeleton, config.scoring.resolution, config.scoring.batch_size, gradsign_mean=block.gradsign_mean
+        skeleton, block.positive("resolution"), block.positive("batch_size"), gradsign_mean=block.gradsign_mean
     )
     batches = [data.train.batch_at(step) for step in range(2)]
     batch = {key: np.stack([each[key] for each in batches]) for key in ("image", "label")}
