@@ -1,8 +1,8 @@
 """NAS-Bench-201's network as a pure function of an architecture that is data: one program for all 15,625 cells.
 
-The kernel of an edge lies in one slot [3, 3, C, C] whatever the edge does: a 3x3 kernel, a 1x1 kernel in its middle, or
-zeros. So the parameters of all architectures have one structure, a gradient is zero where an architecture has no weight,
-and nothing that sums over weights has to know the architecture.
+The kernel of an edge lies in one slot [3, 3, C, C] whatever the edge does: a 3x3 kernel, a 1x1 kernel in its middle,
+or zeros. So the parameters of all architectures have one structure, a gradient is zero where an architecture has no
+weight, and nothing that sums over weights has to know the architecture.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError, unknown
@@ -24,6 +25,10 @@ Statistics = dict[str, Any]
 INITS = ("kaiming", "normal", "default")
 STAGES = 3
 NODES = 4
+MOMENTUM = 0.1
+"""Weight of a new batch in running statistics, as PyTorch's."""
+_HALVINGS = {"stem": 0, "stage1": 0, "reduction1": 1, "stage2": 1, "reduction2": 2, "stage3": 2, "last": 2}
+"""How often the pixels were halved before a normalisation."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,21 @@ class Output(NamedTuple):
         :func:`initial_statistics`; constants to a gradient.
       agreement: float32 [B, B], over all ReLUs the number of units that are positive in both images or in neither;
         None where it isn't asked for.
+      log_scale: float32 [], ln of what the activations were divided by; 0 with normalisations.
     """
 
     logits: jax.Array
     features: jax.Array
     statistics: Statistics
     agreement: jax.Array | None
+    log_scale: jax.Array
+
+
+class _Tally(NamedTuple):
+    """What adds up along the network: agreement and log_scale of :class:`Output`."""
+
+    agreement: jax.Array
+    log_scale: jax.Array
 
 
 def shapes(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
@@ -89,6 +103,23 @@ def shapes(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
 
 def _affine(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {f"{name}/scale": shape, f"{name}/bias": shape}
+
+
+def weights_of_supernet(skeleton: Skeleton) -> int:
+    """Weights of the benchmark's supernet, whose edges have a 3x3 and a 1x1 convolution each; no biases or scales."""
+    return _weights(skeleton, len(EDGES) * 10)
+
+
+def weights_of(architecture: np.ndarray, skeleton: Skeleton) -> int:
+    """Weights of one architecture's network; no biases or scales."""
+    return _weights(skeleton, int(np.sum(np.asarray([0, 0, 1, 9, 0])[architecture])))
+
+
+def _weights(skeleton: Skeleton, per_cell: int) -> int:
+    """With cells of ``per_cell`` C^2 weights."""
+    outside = (shape for name, shape in shapes(skeleton).items() if "kernel" in name and not name.startswith("stage"))
+    cells = sum(skeleton.cells * per_cell * width**2 for width in skeleton.widths)
+    return cells + sum(math.prod(shape) for shape in outside)
 
 
 def init(key: jax.Array, architecture: jax.Array, skeleton: Skeleton, how: str = "kaiming") -> Params:
@@ -150,6 +181,28 @@ def initial_statistics(params: Params) -> Statistics:
     return trees.nested(means | variances)
 
 
+def updated(running: Statistics, found: Statistics, images: tuple[int, ...]) -> Statistics:
+    """Running statistics after a batch: ``0.9 running + 0.1 found``, the variances unbiased, as PyTorch's.
+
+    Args:
+      running: as :func:`initial_statistics` makes them.
+      found: of :class:`Output`.
+      images: the batch's shape (B, H, W, C).
+
+    Raises:
+      ConfigError: a single pixel left after two reductions, of a single image: no variance.
+    """
+    count = {halvings: images[0] * (images[1] >> halvings) * (images[2] >> halvings) for halvings in range(STAGES)}
+    if count[2] < 2:
+        raise ConfigError(f"images {images} leave one value a channel to normalise over; use larger ones, or more")
+
+    def update(name: str, old: jax.Array, new: jax.Array) -> jax.Array:
+        of = count[_HALVINGS[name.split("/")[0]]]
+        return old + MOMENTUM * ((new * of / (of - 1) if name.endswith("/var") else new) - old)
+
+    return trees.map_named(update, running, found)
+
+
 def apply(
     params: Params,
     architecture: jax.Array,
@@ -170,7 +223,8 @@ def apply(
       architecture: int32 [6], may be traced.
       images: float32 [B, H, W, channels]; H and W multiples of 4.
       running: statistics to normalise with, without gradients; None: the batch's own.
-      normalised: False: every normalisation is left out, scale and bias included (SynFlow).
+      normalised: False: every normalisation is left out, scale and bias included, and so that nothing overflows each
+        cell's output is divided by its largest absolute value, a constant to gradients (SynFlow).
       agreement: whether to count it.
 
     Returns:
@@ -180,18 +234,18 @@ def apply(
     given = initial_statistics(params) if running is None else running
     net, found = _Network(architecture, statistics, agreement), {}
     x, found["stem"] = net.normalise(layers.convolve(images, params["stem"]["kernel"]), params["stem"], given["stem"])
-    count = jnp.zeros((len(images), len(images)), x.dtype)
+    tally = _Tally(jnp.zeros((len(images), len(images)), x.dtype), jnp.zeros((), x.dtype))
     for stage in range(1, STAGES + 1):
         if stage > 1:
             name = f"reduction{stage - 1}"
-            x, found[name], count = net.reduce(x, params[name], given[name], count)
+            x, found[name], tally = net.reduce(x, params[name], given[name], tally)
         name = f"stage{stage}"
-        x, found[name], count = net.cells(x, params[name], given[name], count)
+        x, found[name], tally = net.cells(x, params[name], given[name], tally)
     x, found["last"] = net.normalise(x, params["last"], given["last"])
-    count += net.agreement(x)
+    tally = net.count(tally, x)
     x = jax.nn.relu(x)
     logits = jnp.mean(x, (1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
-    return Output(logits, x, found, count if agreement else None)
+    return Output(logits, x, found, tally.agreement if agreement else None, tally.log_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,27 +269,36 @@ class _Network:
             x = x * params["scale"] + params["bias"]
         return x, jax.lax.stop_gradient({"mean": mean, "var": var})
 
-    def agreement(self, x: jax.Array) -> jax.Array:
-        """[B, B]: units whose sign agrees, by signs s of +-1: ``(units + s s^T) / 2``, exact up to 2^24 units."""
+    def count(self, tally: _Tally, x: jax.Array, times: jax.Array | float = 1.0) -> _Tally:
+        """Adds the agreement of a ReLU's input, ``(units + s s^T) / 2`` with signs s of +-1; exact to 2^24 units."""
         if not self.counts:
-            return jnp.zeros((len(x), len(x)), x.dtype)
+            return tally
         signs = jnp.where(x.reshape(len(x), -1) > 0, 1, -1).astype(x.dtype)
-        return (signs.shape[1] + jnp.matmul(signs, signs.T, precision="highest")) / 2
+        agreement = (signs.shape[1] + jnp.matmul(signs, signs.T, precision="highest")) / 2
+        return tally._replace(agreement=tally.agreement + times * agreement)
 
-    def reduce(self, x: jax.Array, params: Params, given: Statistics, count: jax.Array) -> tuple[jax.Array, Any, Any]:
+    def rescale(self, tally: _Tally, x: jax.Array) -> tuple[jax.Array, _Tally]:
+        """Without normalisations: x over its largest absolute value, and the logarithm of that added."""
+        if self.statistics != OFF:
+            return x, tally
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+        largest = jnp.where(largest > 0, largest, 1)
+        return x / largest, tally._replace(log_scale=tally.log_scale + jnp.log(largest))
+
+    def reduce(self, x: jax.Array, params: Params, given: Statistics, tally: _Tally) -> tuple[jax.Array, Any, _Tally]:
         """Half the pixels, twice the channels: two convolutions, and a pooled 1x1 shortcut added."""
         found = {}
-        count += self.agreement(x)
+        tally = self.count(tally, x)
         y = layers.convolve(jax.nn.relu(x), params["first"]["kernel"], stride=2)
         y, found["first"] = self.normalise(y, params["first"], given["first"])
-        count += self.agreement(y)
+        tally = self.count(tally, y)
         y = layers.convolve(jax.nn.relu(y), params["second"]["kernel"])
         y, found["second"] = self.normalise(y, params["second"], given["second"])
         batch, height, width, channels = x.shape
         pooled = jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, channels), (2, 4))
-        return y + pooled @ params["shortcut"]["kernel"][0, 0], found, count
+        return y + pooled @ params["shortcut"]["kernel"][0, 0], found, tally
 
-    def cells(self, x: jax.Array, params: Params, given: Statistics, count: jax.Array) -> tuple[jax.Array, Any, Any]:
+    def cells(self, x: jax.Array, params: Params, given: Statistics, tally: _Tally) -> tuple[jax.Array, Any, _Tally]:
         """The N cells of a stage, a scan over cells and, in it, over edges."""
         convolution = (self.architecture == CONV_1X1) | (self.architecture == CONV_3X3)
         to, source = (jnp.asarray(column, jnp.int32) for column in zip(*EDGES, strict=True))
@@ -251,12 +314,12 @@ class _Network:
             return nodes.at[to].add(y), {"mean": mean, "var": var}
 
         def cell(carry: Any, it: Any) -> tuple[Any, Statistics]:
-            (x, count), (params, given) = carry, it
+            (x, tally), (params, given) = carry, it
             nodes = jnp.zeros((NODES, *x.shape), x.dtype).at[0].set(x)
             nodes, found = jax.lax.scan(edge, nodes, (params, given, self.architecture, convolution, to, source))
-            if self.counts:
-                count += sum(leaving[node] * self.agreement(nodes[node]) for node in range(NODES - 1))
-            return (nodes[NODES - 1], count), found
+            for node in range(NODES - 1):
+                tally = self.count(tally, nodes[node], leaving[node])
+            return self.rescale(tally, nodes[-1]), found
 
-        (x, count), found = jax.lax.scan(cell, (x, count), (params, given))
-        return x, found, count
+        (x, tally), found = jax.lax.scan(cell, (x, tally), (params, given))
+        return x, found, tally
