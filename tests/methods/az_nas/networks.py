@@ -11,12 +11,18 @@ from tests.arrays import load
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "az_nas"
 NETS = (0, 3, 4, 5, 6)
-BLOCKS = "entropies", "sigmas", "guards"
 
 
 def oracle(number, folder=ORACLES):
     """The arrays of one network."""
     return load(folder / f"nb201_net_{number}.npz")
+
+
+def anchor():
+    """Indices [60], and official float32 scores by name, of the oracle's first cells at 16x16, batch 16: the first 60
+    rows and three columns of the official run of 1,000 (``small_scores``)."""
+    arrays = load(ORACLES / "nb201_anchor_first_60.npz")
+    return arrays["small_arch"], dict(zip(arrays["small_columns"], arrays["small_scores"].T, strict=True))
 
 
 def _kernels(arrays, stage, cells, dtype):
