@@ -29,7 +29,10 @@ Fields beside those of ``configs/common.py``:
     baselines   names of other papers' proxies (methods/az_nas/baselines.py; te_nas stands for its two), resolution and
                 batch_size of their noise images, gradsign_mean ("supernet" or "own"), data: the images of those that
                 look at real ones; NAS-Bench-201 only
-    benchmark_table  accuracies of NAS-Bench-201, or ""
+    benchmark_table  accuracies of NAS-Bench-201, or "": the run makes its own truth
+    ground_truth    count: of the first candidates that are trained; picks: rankings whose best candidate is trained,
+                too; on data, for epochs, with width and cells; lr, momentum, weight_decay of SGD; how: one after the
+                other (map) or at once (vmap). Unused with a benchmark_table
     report      resamples of the bootstrap; pool and runs: small searches in the scores (pick one of pool, runs times)
 """
 
@@ -41,8 +44,8 @@ from configs import common
 MBV2 = {"mbv2_450m": (450e6, 14), "mbv2_600m": (600e6, 14), "mbv2_1g": (1000e6, 16)}
 # Name -> (least, most) parameters: AutoFormer's search.
 AUTOFORMER = {"autoformer_t": (4e6, 6e6), "autoformer_s": (21e6, 23e6), "autoformer_b": (52e6, 54e6)}
-# All but TE-NAS, whose kernel costs as much as the others together.
-BASELINES = ("params", "grad_norm", "snip", "synflow", "grasp", "naswot", "zen", "gradsign", "zico")
+# Those that cost least; grasp, gradsign and te_nas double the time.
+BASELINES = ("params", "grad_norm", "snip", "synflow", "naswot", "zen", "zico")
 PRESETS = ("smoke", "official_sample", "full", *MBV2, *AUTOFORMER)
 
 
@@ -83,6 +86,25 @@ def base(space: str, *, count: int, resolution: int, batch_size: int, **engine) 
     return config
 
 
+def with_truth(config: ConfigDict, count: int, epochs: float, width: int, cells: int) -> ConfigDict:
+    """Candidates trained on 8 x 8 digits, as the benchmark trains."""
+    config.data = common.digits(batch_size=64, eval_batch_size=250)
+    config.ground_truth = ConfigDict(
+        {
+            "count": count,
+            "picks": ("az_nas", "az_nas_linear", "complexity", "synflow"),
+            "epochs": epochs,
+            "width": width,
+            "cells": cells,
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "how": "map",
+        }
+    )
+    return config
+
+
 def with_baselines(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
     """The other proxies, on digits of 8 x 8 pixels and noise of that size, which costs a quarter of 16 x 16."""
     data = common.digits(batch_size=16)
@@ -94,7 +116,9 @@ def with_baselines(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
 
 def nas_bench_201() -> ConfigDict:
     """1,000 draws, on as few and small noise images as keep the order of the proxies."""
-    return with_baselines(base("nas_bench_201", count=1000, resolution=16, batch_size=16), BASELINES)
+    config = base("nas_bench_201", count=1000, resolution=16, batch_size=16, save_every=20)
+    config.search.chunk = 10
+    return with_truth(with_baselines(config, BASELINES), count=64, epochs=10.0, width=8, cells=1)
 
 
 def smoke() -> ConfigDict:
@@ -103,7 +127,9 @@ def smoke() -> ConfigDict:
     config.search.chunk = 4
     config.space.options = ConfigDict({"width": 4, "num_cells": 1})
     config.report = ConfigDict({"resamples": 20, "pool": 4, "runs": 5})
-    return with_baselines(config, ("params", "synflow"))
+    config = with_truth(with_baselines(config, ("params", "synflow")), count=4, epochs=0.1, width=4, cells=1)
+    config.data.batch_size = 32
+    return config
 
 
 def official_sample() -> ConfigDict:

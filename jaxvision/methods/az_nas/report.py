@@ -13,6 +13,7 @@ from jaxvision.engine.report import Figure, Report, Results, Table
 from jaxvision.methods.az_nas import exports, figures
 from jaxvision.methods.az_nas import outcome as outcomes
 from jaxvision.methods.az_nas.outcome import Outcome, Ranking, Truth
+from jaxvision.methods.az_nas.spaces.catalog import Entry
 from jaxvision.methods.az_nas.spaces.space import Space
 from jaxvision.metrics import ranking
 
@@ -27,7 +28,6 @@ class Settings:
       seed: of those.
       scorers: the names under which the search timed its scorers.
       chunk: candidates of a step.
-      preset: of ``configs/classification.py``, with which the found network trains.
       notes: what was run, a sentence each.
     """
 
@@ -37,21 +37,30 @@ class Settings:
     seed: int
     scorers: tuple[str, ...]
     chunk: int
-    preset: str
     notes: tuple[str, ...] = ()
 
 
-def make(title: str, space: Space, outcome: Outcome, truths: Sequence[Truth], settings: Settings, results: Results):
+def make(
+    title: str,
+    entry: Entry,
+    outcome: Outcome,
+    truths: Sequence[Truth],
+    settings: Settings,
+    results: Results,
+    notes: tuple[str, ...] = (),
+) -> Report:
     """The report of a finished search; without truths it has no correlations.
 
     Args:
       title: of the report.
-      space: that was searched.
+      entry: the space that was searched.
       outcome: the scores.
       truths: by data set.
       settings: see :class:`Settings`.
       results: of the engine.
+      notes: more sentences on what was run.
     """
+    space = entry.space
     correlations = {
         truth.name: outcomes.correlations(outcome, (*outcome.rankings, *outcome.ablation), truth, settings.resamples)
         for truth in truths
@@ -70,18 +79,21 @@ def make(title: str, space: Space, outcome: Outcome, truths: Sequence[Truth], se
                 summary[f"{truth.name}/{each.name}/rho"] = found.spearman
             summary |= {f"{truth.name}/{name}/accuracy": value for name, value in truth.picked.items()}
     tables.append(_found_table(space, outcome))
-    tables.append(_cost_table(outcome, settings, results))
+    tables.append(_cost_table(settings, results))
     cost = space.cost(outcome.architectures[outcome.found])
     summary |= {"found/flops": float(cost.flops), "found/params": float(cost.params)}
     files = {
-        "found.py": exports.config_file(space, outcome.architectures[outcome.found], title, settings.preset),
+        "found.py": exports.config_file(space, outcome.architectures[outcome.found], title, entry.preset),
         "candidates.csv": exports.candidates_file(space, outcome),
     }
+    notes = (*settings.notes, *notes, *_notes(outcome, entry.preset, results))
     drawn = _figures(outcome, truths, correlations)
-    return Report(title, tuple(tables), drawn, summary, (*settings.notes, *_notes(outcome, settings, results)), files)
+    return Report(title, tuple(tables), drawn, summary, notes, files)
 
 
 def _interval(value: float, interval: ranking.Interval) -> str:
+    if not np.isfinite(interval.low):
+        return f"{value:.3f}"  # some resample of few candidates has one accuracy only
     return f"{value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
@@ -166,20 +178,18 @@ def _found_table(space: Space, outcome: Outcome) -> Table:
     return Table("Found", ("", "value"), rows, "FLOPs are multiply-adds of one image, by the official counter.")
 
 
-def _cost_table(outcome: Outcome, settings: Settings, results: Results) -> Table:
-    """Times from the log; the first step of a run compiles."""
+def _cost_table(settings: Settings, results: Results) -> Table:
+    """Times from the log."""
     rows = []
     for name in settings.scorers:
         values = [row[f"seconds/{name}"] for row in results.timings if f"seconds/{name}" in row]
-        later = values[1:] or values
-        rows.append((name, f"{1000 * statistics.median(later):.1f}", f"{1000 * values[0]:.1f}"))
-    caption = (
-        "Milliseconds for an architecture: the median of the steps after the first, and of the first, which compiles."
-    )
-    return Table("Cost", ("scorer", "ms/architecture", "first step"), rows, caption)
+        median = statistics.median(values[1:] or values)
+        rows.append((name, f"{1000 * median:.1f}", f"{settings.chunk * values[0]:.1f}"))
+    caption = "Median of the steps after the first, on whatever else the machine does. The first step compiles."
+    return Table("Cost", ("scorer", "ms/architecture", f"first {settings.chunk}, s"), rows, caption)
 
 
-def _notes(outcome: Outcome, settings: Settings, results: Results) -> tuple[str, ...]:
+def _notes(outcome: Outcome, preset: str, results: Results) -> tuple[str, ...]:
     bytes_each = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_each
     missing = ", ".join(f"{name} {count}" for name, count in outcome.missing.items() if count) or "none"
@@ -188,7 +198,7 @@ def _notes(outcome: Outcome, settings: Settings, results: Results) -> tuple[str,
     if rejected:
         notes.append(f"{rejected:,.0f} candidates beyond the budget were thrown away unscored.")
     command = f"python -m jaxvision.main --config={results.directory}/found.py"
-    notes.append(f"Train what was found: {command}{f':{settings.preset}' if settings.preset else ''}")
+    notes.append(f"Train what was found: {command}{f':{preset}' if preset else ''}")
     return tuple(notes)
 
 

@@ -21,6 +21,9 @@ from jaxvision.methods.az_nas.proposals import Proposer
 from jaxvision.methods.az_nas.spaces.space import Architecture
 from jaxvision.metrics import Mean
 
+POPULATION, SCORES = "population", "scores"
+"""``State.extra`` of a search: int32 [N, *shape], and float64 [N, columns] as int32 [N, columns, 2]."""
+
 Scorer = Callable[[np.ndarray, jax.Array], Mapping[str, np.ndarray]]
 """``(architectures int32 [n, *shape], keys [n]) -> {proxy: [n]}``; larger is better, NaN where there is no value."""
 
@@ -95,10 +98,10 @@ class Search:
     repeats: int = 1
 
     def empty(self) -> dict[str, jax.Array]:
-        """No candidates: ``architectures`` int32 [N, *shape], ``scores`` int32 [N, columns, 2]."""
+        """No candidates."""
         return {
-            "architectures": jnp.zeros((self.count, *self.shape), jnp.int32),
-            "scores": jnp.zeros((self.count, len(self.columns), 2), jnp.int32),
+            POPULATION: jnp.zeros((self.count, *self.shape), jnp.int32),
+            SCORES: jnp.zeros((self.count, len(self.columns), 2), jnp.int32),
         }
 
     def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
@@ -122,8 +125,8 @@ class Search:
                 history.add(architecture, row)
         extra = {
             **state.extra,
-            "architectures": jnp.asarray(history.architectures),
-            "scores": jnp.asarray(to_bits(history.scores)),
+            POPULATION: jnp.asarray(history.architectures),
+            SCORES: jnp.asarray(to_bits(history.scores)),
         }
         metrics = self._metrics(history, len(numbers), rejected)
         metrics |= {f"seconds/{name}": Mean.of(value / len(numbers)) for name, value in seconds.items()}
@@ -131,7 +134,7 @@ class Search:
 
     def history(self, state: Any, count: int) -> History:
         """The first ``count`` candidates of a state."""
-        architectures, scores = np.array(state.extra["architectures"]), from_bits(np.asarray(state.extra["scores"]))
+        architectures, scores = np.array(state.extra[POPULATION]), from_bits(np.asarray(state.extra[SCORES]))
         return History(architectures, scores, count, [self.columns.index(name) for name in self.ranked])
 
     def _places(self, names: Iterable[str]) -> list[int]:

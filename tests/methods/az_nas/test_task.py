@@ -67,7 +67,7 @@ def test_a_search_that_is_stopped_ends_with_the_same_result(search, tmp_path, mo
     monkeypatch.setitem(catalog.SPACES, "digits", lambda config: (config.options.to_dict(), ENTRY)[1])
     _, parts = run(settings(search=search), tmp_path / "parts")
     assert parts.rows == whole.rows
-    for name in ("architectures", "scores"):
+    for name in ("population", "scores"):
         np.testing.assert_array_equal(parts.state.extra[name], whole.state.extra[name])
 
 
@@ -114,4 +114,4 @@ def test_mistakes_are_named_before_anything_runs(changes, says):
 def test_samples_and_whole_spaces_are_as_numpy_draws_them(tmp_path):
     _, results = run(settings(search={"method": "sample", "count": 7, "sample_of": 9, "sample_seed": 1}), tmp_path)
     drawn = np.random.default_rng(1).choice(10_000, 9, replace=False)[:7]
-    assert [ENTRY.number(each) for each in results.state.extra["architectures"]] == drawn.tolist()
+    assert [ENTRY.number(each) for each in results.state.extra["population"]] == drawn.tolist()
