@@ -10,8 +10,8 @@ import pytest
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import nb201_cell, nb201_program, proxies
 from jaxvision.methods.az_nas.nb201_draws import INITS, Skeleton, draw, pack, unpack, words
-from jaxvision.models import nas_bench_201, nas_bench_201_graph
 from jaxvision.metrics import ranking
+from jaxvision.models import nas_bench_201, nas_bench_201_graph
 from jaxvision.models.nas_bench_201 import Cell, ReductionBlock
 from tests.methods.az_nas import networks
 from tests.quickly import quick_jit
