@@ -15,9 +15,9 @@ import optax
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import seeds
 from jaxvision.engine.task import Batch, Metrics, State
-from jaxvision.metrics import Mean, classification
 from jaxvision.methods.az_nas import supernet
 from jaxvision.methods.az_nas.supernet import Skeleton
+from jaxvision.metrics import Mean, classification
 from jaxvision.optim import optimizers, schedules
 
 ARCHITECTURES = "architectures"
