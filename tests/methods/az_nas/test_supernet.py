@@ -7,8 +7,8 @@ import pytest
 
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
-from jaxvision.methods.az_nas import supernet
-from jaxvision.methods.az_nas.supernet import Skeleton
+from jaxvision.methods.az_nas import supernet, supernet_init
+from jaxvision.methods.az_nas.supernet_init import Skeleton
 from jaxvision.models.nas_bench_201 import CONV_1X1, CONV_3X3
 from tests.methods.az_nas import oracle_networks
 from tests.quickly import quick_jit
@@ -55,11 +55,11 @@ def test_edge_has_the_gradients_of_the_plain_formula():
             jax.tree.map(lambda e, f: np.testing.assert_allclose(f, e, rtol=1e-9, atol=1e-12), expected, found)
 
 
-@pytest.mark.parametrize("how", supernet.INITS)
+@pytest.mark.parametrize("how", supernet_init.INITS)
 def test_init_spreads_as_its_distribution_says(how):
     skeleton = Skeleton(width=16, cells=1)
     architecture = jnp.asarray([CONV_3X3, CONV_1X1, 0, 1, 4, CONV_3X3])
-    params = supernet.init(jax.random.key(0), architecture, skeleton, how)
+    params = supernet_init.init(jax.random.key(0), architecture, skeleton, how)
     edges = np.asarray(params["stage3"]["kernel"][0])
     fans = {0: 9 * 64, 1: 64}
     deviation = {
@@ -78,11 +78,11 @@ def test_init_spreads_as_its_distribution_says(how):
 
 def test_weights_are_counted():
     skeleton, architecture = Skeleton(width=4, cells=2), np.array([3, 2, 0, 1, 4, 3], np.int32)
-    params = trees.named_leaves(supernet.init(jax.random.key(0), jnp.asarray(architecture), skeleton))
+    params = trees.named_leaves(supernet_init.init(jax.random.key(0), jnp.asarray(architecture), skeleton))
     counted = sum(np.count_nonzero(leaf) for name, leaf in params.items() if name.endswith("kernel"))
-    assert supernet.weights_of(architecture, skeleton) == counted
-    every = supernet.weights_of(np.full(6, CONV_3X3), skeleton) + 6 * 2 * (4**2 + 8**2 + 16**2)
-    assert supernet.weights_of_supernet(skeleton) == every
+    assert supernet_init.weights_of(architecture, skeleton) == counted
+    every = supernet_init.weights_of(np.full(6, CONV_3X3), skeleton) + 6 * 2 * (4**2 + 8**2 + 16**2)
+    assert supernet_init.weights_of_supernet(skeleton) == every
 
 
 def test_running_statistics_normalise_as_the_batch_that_gave_them():
@@ -91,7 +91,7 @@ def test_running_statistics_normalise_as_the_batch_that_gave_them():
 
     @quick_jit
     def compare(key):
-        params = supernet.init(key, architecture, TINY)
+        params = supernet_init.init(key, architecture, TINY)
         images = jax.random.normal(key, (4, 8, 8, 3))
         out = supernet.apply(params, architecture, images)
         again = supernet.apply(params, architecture, images, running=out.statistics)
@@ -111,6 +111,6 @@ def test_bad_settings_are_named():
     with pytest.raises(ConfigError, match="cells=0"):
         Skeleton(cells=0)
     with pytest.raises(ConfigError, match="how"):
-        supernet.init(jax.random.key(0), jnp.zeros(6, jnp.int32), TINY, "xavier")
+        supernet_init.init(jax.random.key(0), jnp.zeros(6, jnp.int32), TINY, "xavier")
     with pytest.raises(ConfigError, match="one value a channel"):
         supernet.updated({}, {}, (1, 4, 4, 3))
