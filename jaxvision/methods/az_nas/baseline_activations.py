@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxvision.core import trees
 from jaxvision.methods.az_nas import supernet
-from jaxvision.methods.az_nas.supernet import Params
+from jaxvision.methods.az_nas.supernet_init import Params
 from jaxvision.models.nas_bench_201 import CONV_1X1, CONV_3X3
 
 ZEN_STEP = 0.01
@@ -21,7 +21,7 @@ def agreement(params: Params, architecture: jax.Array, images: jax.Array, labels
     convolution's own ReLU counts, on edges without effect as well.
 
     Args:
-      params: as ``supernet.init`` makes them.
+      params: as ``supernet_init.init`` makes them.
       architecture: int32 [6].
       images: float32 [>= 1, B, H, W, C], the first is used.
       labels: ignored.

@@ -13,7 +13,7 @@ import optax
 
 from jaxvision.core import trees
 from jaxvision.methods.az_nas import supernet
-from jaxvision.methods.az_nas.supernet import Params
+from jaxvision.methods.az_nas.supernet_init import Params
 
 Leaves = dict[str, jax.Array]
 
@@ -22,7 +22,7 @@ def grad_norm(params: Params, architecture: jax.Array, images: jax.Array, labels
     """``sqrt(sum |dL/dp|^2)`` over all parameters, those of normalisations and biases included (Abdelfattah et al.).
 
     Args:
-      params: as ``supernet.init`` makes them.
+      params: as ``supernet_init.init`` makes them.
       architecture: int32 [6].
       images: float32 [>= 1, B, H, W, C], the first is used.
       labels: int32 [>= 1, B].
@@ -85,7 +85,7 @@ def gradsign(params: Params, architecture: jax.Array, images: jax.Array, labels:
     """``sum_W |sum_i sign(dL_i/dw)|``, samples i one at a time, normalised over the pixels of one image (Zhang and Jia
     2022); shapes as :func:`grad_norm`.
 
-    To be divided by ``supernet.weights_of_supernet``, as behind the paper's table, or by ``supernet.weights_of``.
+    To be divided by ``supernet_init.weights_of_supernet``, as behind the paper's table, or by ``supernet_init.weights_of``.
     """
     weights, gradient = _of_weights(params, architecture)
 

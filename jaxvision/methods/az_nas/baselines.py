@@ -16,8 +16,8 @@ from jaxvision.core.errors import ConfigError, DataError, unknown
 from jaxvision.engine import parallel
 from jaxvision.methods.az_nas import baseline_activations as activations
 from jaxvision.methods.az_nas import baseline_gradients as gradients
-from jaxvision.methods.az_nas import supernet
-from jaxvision.methods.az_nas.supernet import Skeleton
+from jaxvision.methods.az_nas import supernet_init
+from jaxvision.methods.az_nas.supernet_init import Skeleton
 from jaxvision.models import nas_bench_201
 
 NOTHING, NOISE, DATA = "nothing", "noise", "data"
@@ -62,7 +62,7 @@ class Proxy:
       needs: "nothing" but the architecture; "noise": N(0, 1) images and uniform labels, drawn from the key; "data":
         real images and labels.
       batches: how many of them, 1 or 2.
-      init: distribution of the weights, of ``supernet.INITS``.
+      init: distribution of the weights, of ``supernet_init.INITS``.
       measure: ``(params, architecture, images [n, B, H, W, C], labels [n, B]) -> arrays``, traceable.
       finish: from those arrays (NumPy) to the score, on the host in float64.
     """
@@ -139,7 +139,7 @@ def _program(proxy: Proxy, settings: Settings) -> Callable[..., Any]:
 
     def measure(architecture: jax.Array, key: jax.Array, data: tuple[jax.Array, jax.Array] | None) -> Any:
         for_weights, for_images, for_labels = jax.random.split(key, 3)
-        params = supernet.init(for_weights, architecture, skeleton, proxy.init)
+        params = supernet_init.init(for_weights, architecture, skeleton, proxy.init)
         if data is None:
             shape = (proxy.batches, settings.batch_size, settings.resolution, settings.resolution, skeleton.channels)
             labels = jax.random.randint(for_labels, shape[:2], 0, skeleton.num_classes)
@@ -160,8 +160,8 @@ def _counted(name: str, settings: Settings, architecture: np.ndarray) -> float:
 def _weights(settings: Settings, architecture: np.ndarray) -> int:
     """What GradSign's sum is divided by."""
     if settings.gradsign_mean == "supernet":
-        return supernet.weights_of_supernet(settings.skeleton)
-    return supernet.weights_of(architecture, settings.skeleton)
+        return supernet_init.weights_of_supernet(settings.skeleton)
+    return supernet_init.weights_of(architecture, settings.skeleton)
 
 
 def _real(proxy: Proxy, skeleton: Skeleton, batch: Batch | None) -> tuple[jax.Array, jax.Array]:

@@ -15,9 +15,9 @@ import optax
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import seeds
 from jaxvision.engine.task import Batch, Metrics, State
+from jaxvision.methods.az_nas import supernet, supernet_init
+from jaxvision.methods.az_nas.supernet_init import Skeleton
 from jaxvision.metrics import Mean, classification
-from jaxvision.methods.az_nas import supernet
-from jaxvision.methods.az_nas.supernet import Skeleton
 from jaxvision.optim import optimizers, schedules
 
 ARCHITECTURES = "architectures"
@@ -61,7 +61,7 @@ class Training:
 
         def one(member: tuple[jax.Array, jax.Array]) -> tuple[Any, Any, Any]:
             index, architecture = member
-            params = supernet.init(jax.random.fold_in(key, index), architecture, self.skeleton)
+            params = supernet_init.init(jax.random.fold_in(key, index), architecture, self.skeleton)
             return params, supernet.initial_statistics(params), self._optimizer().init(params)
 
         params, statistics, opt_state = jax.lax.map(one, (jnp.arange(len(architectures)), architectures))

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-EPS = 1e-5
-"""Of every normalisation, as PyTorch's."""
+from jaxvision.methods.az_nas import nb201_cell
 
 BATCH, GIVEN, OFF = "batch", "given", "off"
 """Whose statistics normalise: the batch's, those handed in, or nobody's (SynFlow)."""
@@ -29,9 +28,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """
     if stride == 1 and (x.shape[1] <= 2 or x.shape[-1] <= 8):
         return _patches(x) @ kernel.reshape(-1, kernel.shape[-1])
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return nb201_cell.convolve(x, kernel, stride)
 
 
 def _patches(x: jax.Array) -> jax.Array:
@@ -47,17 +44,6 @@ def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     return gradient.reshape(3, 3, x.shape[-1], g.shape[-1])
 
 
-def _box(x: jax.Array) -> jax.Array:
-    """Sums of 3x3 surroundings, zeros beyond the edge."""
-    zero = jnp.zeros((), x.dtype)
-    return jax.lax.reduce_window(x, zero, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
-
-
-def _counts(x: jax.Array) -> jax.Array:
-    """How many pixels each average has, [1, H, W, 1]."""
-    return _box(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
-
-
 def moments(x: jax.Array) -> Moments:
     """Of all axes but the last; the variance about the mean (``E[x^2] - E[x]^2`` cancels)."""
     axes = tuple(range(x.ndim - 1))
@@ -70,7 +56,7 @@ def normalise(x: jax.Array, given: Moments, statistics: str) -> tuple[jax.Array,
     if statistics == OFF:
         return x, given
     mean, var = moments(x) if statistics == BATCH else given
-    return (x - mean) * jax.lax.rsqrt(var + EPS), (mean, var)
+    return (x - mean) * jax.lax.rsqrt(var + nb201_cell.EPS), (mean, var)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -110,7 +96,7 @@ def _edge(x, kernel, operation, given, statistics):
         return normalise(convolve(jax.nn.relu(x), kernel), given, statistics)
 
     def pool():
-        return _box(x) / _counts(x), given
+        return nb201_cell.pool(x), given
 
     return jax.lax.switch(operation, (none, skip, conv_1x1, conv_3x3, pool))
 
@@ -128,7 +114,7 @@ def _edge_backward(statistics: str, residuals: Any, cotangents: Any):
         if statistics == OFF:
             return g
         axes = tuple(range(g.ndim - 1))
-        return (g - jnp.mean(g, axes) - out * jnp.mean(g * out, axes)) * jax.lax.rsqrt(var + EPS)
+        return (g - jnp.mean(g, axes) - out * jnp.mean(g * out, axes)) * jax.lax.rsqrt(var + nb201_cell.EPS)
 
     def none():
         return jnp.zeros_like(x), jnp.zeros_like(kernel)
@@ -147,7 +133,7 @@ def _edge_backward(statistics: str, residuals: Any, cotangents: Any):
         return convolve(inner, flipped) * (x > 0), _kernel_gradient(jax.nn.relu(x), inner)
 
     def pool():
-        return _box(g / _counts(x)), jnp.zeros_like(kernel)
+        return nb201_cell.pool_vjp(g), jnp.zeros_like(kernel)
 
     to_x, to_kernel = jax.lax.switch(operation, (none, skip, conv_1x1, conv_3x3, pool))
     return to_x, to_kernel, None, jax.tree.map(jnp.zeros_like, given)

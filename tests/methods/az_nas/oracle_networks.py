@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxvision.core import trees
-from jaxvision.methods.az_nas import supernet
-from jaxvision.methods.az_nas.supernet import Skeleton
+from jaxvision.methods.az_nas import supernet_init
+from jaxvision.methods.az_nas.supernet_init import Skeleton
 from tests.arrays import load
 
 FOLDER = Path(__file__).parents[2] / "oracles" / "az_nas"
@@ -20,7 +20,8 @@ def skeleton(oracle) -> Skeleton:
 def params(oracle, dtype=np.float32):
     """The oracle's weights in the supernet's structure, a 1x1 kernel in the middle of its slot."""
     values = {
-        name: np.full(shape, name.endswith("scale"), dtype) for name, shape in supernet.shapes(skeleton(oracle)).items()
+        name: np.full(shape, name.endswith("scale"), dtype)
+        for name, shape in supernet_init.shapes(skeleton(oracle)).items()
     }
     reductions = {"a": "first", "b": "second", "down": "shortcut"}
     for name in (name for name in oracle if name.startswith("w_")):
