@@ -13,9 +13,11 @@ from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.models import (
+    autoformer,
     cifar_resnet,
     deeplab,
     densenet,
+    mbv2_searched,
     mobilenet_v2,
     nas_bench_201,
     plain_cnn,
@@ -24,9 +26,11 @@ from jaxvision.models import (
     vit,
     wide_resnet,
 )
+from jaxvision.models.autoformer import AutoFormer
 from jaxvision.models.cifar_resnet import CifarResNet
 from jaxvision.models.deeplab import DeepLabV3
 from jaxvision.models.densenet import DenseNet
+from jaxvision.models.mbv2_searched import MBV2Searched
 from jaxvision.models.mobilenet_v2 import MobileNetV2
 from jaxvision.models.nas_bench_201 import NasBench201
 from jaxvision.models.plain_cnn import PlainCNN
@@ -73,6 +77,8 @@ CLASSES: dict[str, type[nn.Module]] = {
     "deeplab": DeepLabV3,
     "mobilenet_v2": MobileNetV2,
     "nas_bench_201": NasBench201,
+    "mbv2_searched": MBV2Searched,
+    "autoformer": AutoFormer,
     "plain_cnn": PlainCNN,
     "vit": ViT,
     "swin": Swin,
@@ -101,6 +107,10 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
     for name, kw in plain_cnn.PRESETS.items():
         dense = kw.get("dense", False)
         entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD, dense=dense)
+    for family, module, naming in (("mbv2_searched", mbv2_searched, "torchvision"), ("autoformer", autoformer, "timm")):
+        for name, kw in module.PRESETS.items():
+            spec = Spec(family, naming, (224, 224), crop_fraction=0.875, interpolation="bicubic")
+            entries[name] = kw, spec
     for family, module in (("vit", vit), ("swin", swin)):
         for name, kw in module.PRESETS.items():
             entries[name] = kw, Spec(family, "timm", **module.SPECS[name])

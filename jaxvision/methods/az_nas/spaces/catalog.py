@@ -12,6 +12,7 @@ from jaxvision.core.errors import unknown
 from jaxvision.methods.az_nas import nb201_program
 from jaxvision.methods.az_nas.nb201_draws import Skeleton
 from jaxvision.methods.az_nas.search import Scorer
+from jaxvision.methods.az_nas.spaces.autoformer import AutoFormer
 from jaxvision.methods.az_nas.spaces.mbv2 import MBV2
 from jaxvision.methods.az_nas.spaces.nb201 import NasBench201Space
 from jaxvision.methods.az_nas.spaces.space import Architecture, Space
@@ -85,16 +86,25 @@ def _mbv2(config: Config) -> Entry:
     return Entry(config.name, space, preset="imagenet_mbv2_searched", initial=space.initial)
 
 
-def _made(space: type, config: Config) -> Any:
+def _autoformer(config: Config) -> Entry:
+    space = _made(AutoFormer, config, size=config.name[-1])
+    return Entry(config.name, space, preset="imagenet_autoformer", initial=space.sample(np.random.default_rng(0)))
+
+
+def _made(space: type, config: Config, **given: Any) -> Any:
     """The space with the options of the configuration, which must be fields of its class."""
-    options, known = config.options.to_dict(), {field.name for field in fields(space) if field.init}
+    options, known = config.options.to_dict(), {field.name for field in fields(space) if field.init} - given.keys()
     for name in options:
         if name not in known:
             raise unknown(f"{config.where('options')}", name, known)
-    return space(**options)
+    return space(**given, **options)
 
 
-SPACES: dict[str, Callable[[Config], Entry]] = {"nas_bench_201": _nas_bench_201, "mbv2": _mbv2}
+SPACES: dict[str, Callable[[Config], Entry]] = {
+    "nas_bench_201": _nas_bench_201,
+    "mbv2": _mbv2,
+    **dict.fromkeys(("autoformer_t", "autoformer_s", "autoformer_b"), _autoformer),
+}
 """Name -> function that reads the ``config.space`` block."""
 
 
