@@ -12,7 +12,7 @@ from jaxvision.methods.az_nas import outcome as outcomes
 from jaxvision.methods.az_nas.proposals import Budget, Evolution, Given, Proposer, Sampling
 from jaxvision.methods.az_nas.search import Numbers, Scoring, Search, one_by_one
 from jaxvision.methods.az_nas.spaces.catalog import Entry
-from jaxvision.methods.az_nas.supernet import Skeleton
+from jaxvision.methods.az_nas.supernet_init import Skeleton
 from jaxvision.models import zoo
 
 METHODS = ("random", "evolution", "sample", "all")

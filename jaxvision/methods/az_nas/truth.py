@@ -16,7 +16,7 @@ from jaxvision.methods.az_nas.ground_truth import Training
 from jaxvision.methods.az_nas.outcome import Outcome, Ranking, Truth
 from jaxvision.methods.az_nas.search import POPULATION
 from jaxvision.methods.az_nas.spaces.catalog import Entry
-from jaxvision.methods.az_nas.supernet import Skeleton
+from jaxvision.methods.az_nas.supernet_init import Skeleton
 from jaxvision.models import zoo
 from jaxvision.optim import schedules
 
