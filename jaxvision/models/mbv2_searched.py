@@ -102,10 +102,12 @@ class MBV2Searched(nn.Module):
 
     Attributes:
       num_classes: K.
-      structure: string of :mod:`jaxvision.models.mbv2_structure`.
+      structure: string of :mod:`jaxvision.models.mbv2_structure`. It starts with the three channels of an RGB image;
+        images of others fit too.
       use_se: squeeze-excite behind every depthwise convolution; found networks are trained with it, searched without.
       zero_init_residual: the last normalisation of a unit starts at 0, so that the unit starts as its shortcut.
-      bn_momentum: of the running statistics, in PyTorch's sense.
+      bn_momentum: of the running statistics, in PyTorch's sense. The recipe's 0.01 needs hundreds of steps before an
+        evaluation means anything; 0.1 suits short runs.
 
     Raises:
       ConfigError: a malformed structure; says which block.

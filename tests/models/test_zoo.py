@@ -19,6 +19,8 @@ from tests.quickly import quick_jit
         ("wrn26_10_cifar", "wide_resnet", 36_539_124),
         ("densenet121_tiny_imagenet", "densenet", 7_151_048 - 100 * 1025),
         ("mobilenet_v2", "mobilenet_v2", 3_504_872 - 900 * 1281),
+        ("mbv2_searched", "mbv2_searched", 2_824_264 - 900 * 2049),
+        ("autoformer", "autoformer", 5_921_032 - 900 * 193),
         ("vit_small_patch16_224", "vit", 22_050_664 - 900 * 385),
         ("deit_tiny_distilled_patch16_224", "vit", 5_910_800 - 2 * 900 * 193),
         ("swin_tiny_patch4_window7_224", "swin", 28_288_354 - 900 * 769),
