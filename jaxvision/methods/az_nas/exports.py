@@ -34,9 +34,10 @@ SETTINGS = {{
 def get_config(preset: str = {preset!r}) -> ConfigDict:
     """That preset's recipe and data with the found network."""
     config = classification.get_config(preset)
+    others = config.model.settings.to_dict() if config.model.name == {name!r} else {{}}
     with config.unlocked():
         config.model.name = {name!r}
-        config.model.settings = ConfigDict(SETTINGS)
+        config.model.settings = ConfigDict({{**others, **SETTINGS}})
     return config
 '''
 

@@ -49,4 +49,4 @@ class DigitSpace:
         return score
 
     def model(self, architecture):
-        return "resnet20", {"depth": 8}
+        return "resnet20", {"depth": 14}

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import classification
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import nb201_program
@@ -62,3 +63,8 @@ def test_several_at_once_are_blocks_of_one_size(monkeypatch):
         found = score(architectures[:count], jax.random.split(jax.random.key(0), count))
         np.testing.assert_array_equal(found["expressivity"], architectures[:count, 0])
     assert set(shapes) == {((4, 6), (4,))} and len(shapes) == 3
+
+
+@pytest.mark.parametrize("name", sorted(catalog.SPACES))
+def test_what_was_found_has_a_preset_that_trains_it(name):
+    assert build(name).preset in ("", *classification.PRESETS)

@@ -78,8 +78,11 @@ def test_what_was_found_is_a_configuration_that_trains(tmp_path):
     spec = importlib.util.spec_from_file_location("found", tmp_path / "run" / "found.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.get_config().model.settings.to_dict() == {"depth": 8} and module.get_config().is_locked
-    assert module.get_config("cifar10_resnet20").data.source == "cifar10"
+    # The smoke preset trains the same network: its other settings stay. Another network's are not taken over.
+    assert module.get_config().model.settings.to_dict() == {"depth": 14, "width_multiplier": 0.25}
+    assert module.get_config().is_locked
+    other = module.get_config("cifar10_resnet32")
+    assert other.data.source == "cifar10" and other.model.settings.to_dict() == {"depth": 14}
     make_task(Config(module.get_config()))
     rows = list(csv.DictReader((tmp_path / "run" / "candidates.csv").read_text().splitlines()))
     assert len(rows) == 30 and rows[0]["architecture"] in module.__doc__
