@@ -225,6 +225,23 @@ def test_weights_survive_the_state_dict():
     assert torch_import.classifier_size("nas_bench_201", state) == 3
 
 
+def test_training_reaches_every_parameter():
+    module = zoo.build("nas_bench_201", num_classes=3, width=2, cells=1)
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    variables = networks.drawn(module, 1, images)
+
+    @quick_jit
+    def gradient(params):
+        def loss(params):
+            logits, _ = module.apply({**variables, "params": params}, images, train=True, mutable="batch_stats")
+            return -jax.nn.log_softmax(logits)[:, 0].mean()
+
+        return jax.grad(loss)(params)
+
+    for name, leaf in trees.named_leaves(gradient(variables["params"])).items():
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"architecture": "|skip_connect~0|"}, "three nodes"), ({"cells": 0}, "cells=0 must be at least 1")],

@@ -52,6 +52,9 @@ def test_scores_come_from_the_key_alone_one_by_one_and_in_batches():
     single = [score(row, key) for row, key in zip(rows, keys, strict=True)]
     assert all(isinstance(value, float) for value in single[0].values())
     assert set(single[0]) == set(SPACE.proxies) - {"complexity"}
+    assert score(rows[0], keys[0]) == single[0]
+    assert all(value != single[0][name] for name, value in score(rows[0], keys[1]).items())
+    # Masked and batched over two, the last one again to fill up.
     together = SPACE.batched_scorer(8, 2, 2)(rows, keys)
     for name, values in together.items():
         np.testing.assert_allclose(values, [each[name] for each in single], rtol=1e-5, atol=1e-5)
