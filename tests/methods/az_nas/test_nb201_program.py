@@ -120,21 +120,6 @@ def test_guards_are_those_of_the_graph_and_one_program_does_for_all(batched):
     np.testing.assert_allclose(found["trainability"][disconnected], 0.6 * (2 - 1e6), rtol=1e-4)
 
 
-def test_batches_give_the_numbers_of_single_architectures(batched):
-    rows, keys = operations(1, 4), jax.random.split(KEY, 4)
-    single = quick(nb201_program.make_score(SMALL))
-    one_by_one = [single(row, key) for row, key in zip(rows, keys, strict=True)]
-    assert single._cache_size() == 1
-    together = quick(nb201_program.make_batched_score(SMALL, together=2))(rows, keys)
-    for name in one_by_one[0]:
-        expected = np.stack([each[name] for each in one_by_one])
-        np.testing.assert_allclose(together[name], expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(batched(rows, keys)[name], expected, rtol=1e-5, atol=1e-5)
-    other = single(rows[0], jax.random.key(9))
-    assert all(other[name] != one_by_one[0][name] for name in other)
-    assert all(single(rows[0], keys[0])[name] == one_by_one[0][name] for name in other)
-
-
 def test_edges_that_lead_nowhere_change_no_bit():
     """What the program relies on when it prunes."""
     generator = np.random.default_rng(0)
