@@ -85,7 +85,7 @@ def gradsign(params: Params, architecture: jax.Array, images: jax.Array, labels:
     """``sum_W |sum_i sign(dL_i/dw)|``, samples i one at a time, normalised over the pixels of one image (Zhang and Jia
     2022); shapes as :func:`grad_norm`.
 
-    To be divided by ``supernet_init.weights_of_supernet``, as behind the paper's table, or by ``supernet_init.weights_of``.
+    To be divided by ``supernet_init.weights_of_supernet``, as behind the paper's table, or by ``weights_of``.
     """
     weights, gradient = _of_weights(params, architecture)
 

@@ -19,10 +19,8 @@ def skeleton(oracle) -> Skeleton:
 
 def params(oracle, dtype=np.float32):
     """The oracle's weights in the supernet's structure, a 1x1 kernel in the middle of its slot."""
-    values = {
-        name: np.full(shape, name.endswith("scale"), dtype)
-        for name, shape in supernet_init.shapes(skeleton(oracle)).items()
-    }
+    shapes = supernet_init.shapes(skeleton(oracle))
+    values = {name: np.full(shape, name.endswith("scale"), dtype) for name, shape in shapes.items()}
     reductions = {"a": "first", "b": "second", "down": "shortcut"}
     for name in (name for name in oracle if name.startswith("w_")):
         parts, weight = name.split("_")[1:], oracle[name].astype(dtype)

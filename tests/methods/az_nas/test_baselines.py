@@ -30,26 +30,33 @@ def measures():
     return {measure: quick_jit(measure) for measure in measures}
 
 
-@pytest.mark.parametrize("name", ORACLES)
+# Each compiles for 4 to 8 seconds; these two share their code with others.
+SLOW = ("snip", "te_nas_ntk")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ORACLES])
 def test_scores_are_the_official_codes(name, measures):
     proxy = BASELINES[name]
     measure = measures[proxy.measure]
+    # SynFlow in float32, which is what its logarithm is for.
+    wide = name != "synflow"
+    dtype = np.float64 if wide else np.float32
     for case in (0, 3, 4, 5, 6):
         if (name, case) == ("gradsign", 3):
             # 2x2 pixels are all alike after its pool, so the variance over one image is rounding, and so are the signs
             # of 4,000 gradients: a factor of 1 + 2e-16 on the mean moves the official 1.95 from 1.46 to 1.86 or 1.99.
             continue
         oracle = oracle_networks.open_case(case)
-        with jax.enable_x64(True):
+        with jax.enable_x64(wide):
             second = oracle["x2" if name == "zen" else "xb"]
-            images = np.stack([oracle["x"], second]).astype(np.float64)
+            images = np.stack([oracle["x"], second]).astype(dtype)
             labels = np.stack([oracle["y"], oracle["yb"]]).astype(np.int32)
             architecture = oracle["arch_ops"].astype(np.int32)
-            params = oracle_networks.params(oracle, np.float64)
+            params = oracle_networks.params(oracle, dtype)
             found = proxy.finish(jax.device_get(measure(params, architecture, images, labels)))
         if name == "gradsign":
             found /= supernet_init.weights_of(architecture, oracle_networks.skeleton(oracle))
-        np.testing.assert_allclose(found, oracle[f"base_{ORACLES[name]}"], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found, oracle[f"base_{ORACLES[name]}"], rtol=1e-9 if wide else 1e-5, atol=1e-12)
     assert measure._cache_size() == 1
 
 
@@ -105,11 +112,20 @@ def test_costs_are_counted():
         assert score(architecture) > score(other)
 
 
-def test_synflow_of_a_deep_network_does_not_overflow():
-    """Float32 ends at 3e38."""
-    score = make_baseline("synflow", Settings(Skeleton(width=16, cells=5), resolution=4, batch_size=2))
-    assert 1e45 < score(np.full(6, 3, np.int32), jax.random.key(0)) < np.inf
-    assert score(np.zeros(6, np.int32), jax.random.key(0)) == 0
+def test_synflow_does_not_overflow(measures):
+    """With kernels times 1e4 the score has a factor of more than 1e40; float32 ends at 3e38."""
+    proxy, oracle = BASELINES["synflow"], oracle_networks.open_case(0)
+    images, labels = np.stack([oracle["x"], oracle["xb"]]), np.stack([oracle["y"], oracle["yb"]]).astype(np.int32)
+    architecture, params = oracle["arch_ops"].astype(np.int32), oracle_networks.params(oracle)
+    measure = measures[proxy.measure]
+
+    def score(factor):
+        scaled = jax.tree.map(lambda leaf: leaf * np.float32(factor), params)
+        return proxy.finish(jax.device_get(measure(scaled, architecture, images, labels)))
+
+    np.testing.assert_allclose(score(1), oracle["base_synflow"], rtol=1e-5)
+    # Longest path: stem, three edges in each cell, two convolutions in each reduction, head.
+    assert oracle["base_synflow"] * 1e40 < score(1e4) < oracle["base_synflow"] * 1e4**15 * 1.01
 
 
 def test_gradsign_divides_by_the_weights_asked_for(monkeypatch):

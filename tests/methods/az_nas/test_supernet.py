@@ -59,7 +59,7 @@ def test_edge_has_the_gradients_of_the_plain_formula():
 def test_init_spreads_as_its_distribution_says(how):
     skeleton = Skeleton(width=16, cells=1)
     architecture = jnp.asarray([CONV_3X3, CONV_1X1, 0, 1, 4, CONV_3X3])
-    params = supernet_init.init(jax.random.key(0), architecture, skeleton, how)
+    params = quick_jit(lambda key: supernet_init.init(key, architecture, skeleton, how))(jax.random.key(0))
     edges = np.asarray(params["stage3"]["kernel"][0])
     fans = {0: 9 * 64, 1: 64}
     deviation = {
@@ -78,7 +78,8 @@ def test_init_spreads_as_its_distribution_says(how):
 
 def test_weights_are_counted():
     skeleton, architecture = Skeleton(width=4, cells=2), np.array([3, 2, 0, 1, 4, 3], np.int32)
-    params = trees.named_leaves(supernet_init.init(jax.random.key(0), jnp.asarray(architecture), skeleton))
+    draw = quick_jit(lambda key: supernet_init.init(key, jnp.asarray(architecture), skeleton, "default"))
+    params = trees.named_leaves(draw(jax.random.key(0)))
     counted = sum(np.count_nonzero(leaf) for name, leaf in params.items() if name.endswith("kernel"))
     assert supernet_init.weights_of(architecture, skeleton) == counted
     every = supernet_init.weights_of(np.full(6, CONV_3X3), skeleton) + 6 * 2 * (4**2 + 8**2 + 16**2)
