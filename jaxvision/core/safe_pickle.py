@@ -20,6 +20,7 @@ Allowed = Mapping[tuple[str, str], Any]
 """``(module, name)`` as the file spells it -> a function called in its place, or a constant put in its place."""
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
+_MAX_KEY = 4  # members of a tuple that is a key
 # What damaged bytes can raise inside the reader and the handlers.
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -179,7 +180,7 @@ class SafeUnpickler(pickle._Unpickler):
         elif type(target) is list:
             target.extend(values)
         elif type(target) is set:
-            target.update(map(scalar, values))
+            target.update(map(plain_key, values))
         else:
             self.refuse(f"put items into a {type(target).__name__}")
 
@@ -197,7 +198,7 @@ class SafeUnpickler(pickle._Unpickler):
 
     def load_frozenset(self) -> None:
         values = self.pop_mark()  # changes self.append
-        self.append(frozenset(map(scalar, values)))
+        self.append(frozenset(map(plain_key, values)))
 
     dispatch[pickle.FROZENSET[0]] = load_frozenset
 
@@ -207,7 +208,7 @@ class SafeUnpickler(pickle._Unpickler):
         if isinstance(target, Placeholder):
             target.items.extend(pairs)
         elif type(target) is dict:
-            target.update((scalar(key), value) for key, value in pairs)
+            target.update((plain_key(key), value) for key, value in pairs)
         else:
             self.refuse(f"put items into a {type(target).__name__}")
 
@@ -260,7 +261,8 @@ def load(
       name: what error messages call the file.
 
     Returns:
-      What the file holds. Keys of dictionaries and members of sets are plain scalars.
+      What the file holds. Keys of dictionaries and members of sets are plain scalars, or short tuples
+      of them.
 
     Raises:
       DataError: the file is missing or damaged, or asks for something that is not allowed.
@@ -297,8 +299,9 @@ def printable(text: str) -> str:
     return clean if len(clean) <= 120 else clean[:117] + "..."
 
 
-def scalar(value: Any) -> Any:
-    """Keys are scalars only: hashing nested tuples can take time exponential in the size of the file."""
-    if not isinstance(value, _SCALARS):
+def plain_key(value: Any) -> Any:
+    """Keys are scalars or short tuples of them: hashing nested tuples can take time exponential in the file's size."""
+    parts = value if type(value) is tuple and len(value) <= _MAX_KEY else (value,)
+    if not all(isinstance(part, _SCALARS) for part in parts):
         raise TypeError(f"a {type(value).__name__} can't be a key here")
     return value

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxvision.core.safe_pickle import Placeholder, scalar
+from jaxvision.core.safe_pickle import Placeholder, plain_key
 
 _MAX_EXPANDED = 1 << 24  # elements of a tensor that repeats a smaller storage (Tensor.expand)
 
@@ -117,7 +117,7 @@ def names(tensor: Callable[..., Any]) -> dict[tuple[str, str], Any]:
         ("collections", "defaultdict"): lambda *factory: {},
     }
     for module in ("builtins", "__builtin__"):
-        table[module, "set"] = lambda items=(): {scalar(item) for item in items}
+        table[module, "set"] = lambda items=(): {plain_key(item) for item in items}
         for factory in ("dict", "list", "int", "float"):  # what a defaultdict is made with
             table[module, factory] = factory
     for module in ("torch", "torch.cuda"):
@@ -181,4 +181,4 @@ def _is_count(value: Any) -> bool:
 
 def _dict(items: Any = ()) -> dict:
     items = items.items() if type(items) is dict else items
-    return {scalar(key): value for key, value in items}
+    return {plain_key(key): value for key, value in items}

@@ -18,7 +18,7 @@ from jaxvision.models import zoo
 StateDict = dict[str, np.ndarray]
 
 DROPPED = ("num_batches_tracked", "relative_position_index", "attn_mask")  # recomputed or of no use here
-CLASSIFIERS = ("fc", "linear", "classifier.1", "head", "head.fc", "head_dist", "segmentation_head.0")
+CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1", "head", "head.fc", "head_dist", "segmentation_head.0")
 _SHOWN = 4
 
 

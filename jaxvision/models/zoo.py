@@ -12,11 +12,27 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.models import cifar_resnet, deeplab, densenet, mobilenet_v2, plain_cnn, resnet, swin, vit, wide_resnet
+from jaxvision.models import (
+    autoformer,
+    cifar_resnet,
+    deeplab,
+    densenet,
+    mbv2_searched,
+    mobilenet_v2,
+    nas_bench_201,
+    plain_cnn,
+    resnet,
+    swin,
+    vit,
+    wide_resnet,
+)
+from jaxvision.models.autoformer import AutoFormer
 from jaxvision.models.cifar_resnet import CifarResNet
 from jaxvision.models.deeplab import DeepLabV3
 from jaxvision.models.densenet import DenseNet
+from jaxvision.models.mbv2_searched import MBV2Searched
 from jaxvision.models.mobilenet_v2 import MobileNetV2
+from jaxvision.models.nas_bench_201 import NasBench201
 from jaxvision.models.plain_cnn import PlainCNN
 from jaxvision.models.resnet import ResNet
 from jaxvision.models.swin import Swin
@@ -34,7 +50,8 @@ class Spec:
     Attributes:
       family: a key of ``CLASSES``.
       naming: whose state-dict names its weights have: "akamaster", "torchvision", "timm", "flsd"
-        (torrvision/focal_calibration, and MbLS, CALS and RankMixup after it) or "smp" (segmentation_models.pytorch).
+        (torrvision/focal_calibration, and MbLS, CALS and RankMixup after it), "nats_bench" (D-X-Y/NATS-Bench) or "smp"
+        (segmentation_models.pytorch).
       input_size: (height, width) in pixels.
       mean, std: of the normalisation ``(pixel / 255 - mean) / std``, a channel each.
       crop_fraction: evaluation resizes the shorter side to ``floor(size / crop_fraction)`` and takes the centre.
@@ -59,6 +76,9 @@ CLASSES: dict[str, type[nn.Module]] = {
     "densenet": DenseNet,
     "deeplab": DeepLabV3,
     "mobilenet_v2": MobileNetV2,
+    "nas_bench_201": NasBench201,
+    "mbv2_searched": MBV2Searched,
+    "autoformer": AutoFormer,
     "plain_cnn": PlainCNN,
     "vit": ViT,
     "swin": Swin,
@@ -82,9 +102,15 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
         entries[name] = kw, Spec("deeplab", "smp", (512, 512), dense=True)
     for name, kw in mobilenet_v2.PRESETS.items():
         entries[name] = kw, Spec("mobilenet_v2", "torchvision", (224, 224), crop_fraction=0.875)
+    for name, kw in nas_bench_201.PRESETS.items():
+        entries[name] = kw, Spec("nas_bench_201", "nats_bench", (32, 32), CIFAR10_MEAN, CIFAR10_STD)
     for name, kw in plain_cnn.PRESETS.items():
         dense = kw.get("dense", False)
         entries[name] = kw, Spec("plain_cnn", "torchvision", (32, 32), CIFAR10_MEAN, CIFAR10_STD, dense=dense)
+    for family, module, naming in (("mbv2_searched", mbv2_searched, "torchvision"), ("autoformer", autoformer, "timm")):
+        for name, kw in module.PRESETS.items():
+            spec = Spec(family, naming, (224, 224), crop_fraction=0.875, interpolation="bicubic")
+            entries[name] = kw, spec
     for family, module in (("vit", vit), ("swin", swin)):
         for name, kw in module.PRESETS.items():
             entries[name] = kw, Spec(family, "timm", **module.SPECS[name])

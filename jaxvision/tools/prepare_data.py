@@ -6,6 +6,7 @@
     python -m jaxvision.tools.prepare_data cub --from CUB_200_2011.tgz --to data/cub --verify
     python -m jaxvision.tools.prepare_data voc2012 --from VOCtrainval_11-May-2012.tar --to data/voc2012 --verify
     python -m jaxvision.tools.prepare_data imagenet --from ILSVRC2012 --to data/imagenet --verify
+    python -m jaxvision.tools.prepare_data nas_bench_201 --from NATS-tss-v1_0-3ffb9-simple.tar --to data/nb201.npz
     python -m jaxvision.tools.prepare_data folder --from photos.zip --to data/photos.npz --size 32
 
 Nothing is downloaded, and nothing in the files is executed. Exit codes: 0 done, 64 wrong command or input, 74 the
@@ -156,6 +157,26 @@ def imagenet(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def nas_bench_201(parser: argparse.ArgumentParser) -> Run:
+    """Accuracies of the 15,625 NAS-Bench-201 networks from NATS-tss-v1_0-3ffb9-simple.tar (or the folder) to an npz."""
+    _add_paths(parser, "NATS-tss-v1_0-3ffb9-simple.tar, or the folder unpacked from it", "the npz file to write")
+
+    def run(args: argparse.Namespace) -> str:
+        from jaxvision.data import prepare_files, prepare_nas_bench_201
+        from jaxvision.methods.az_nas import table
+        from jaxvision.models.nas_bench_201 import NUM_ARCHITECTURES
+
+        records = prepare_nas_bench_201.read_release(args.source, total=NUM_ARCHITECTURES, progress=progress)
+        arrays = table.pack(records, args.source)
+        prepare_files.make_folder(args.target.parent)
+        prepare_files.write_npz(args.target, arrays)
+        best = {name: arrays[f"{name}_test"].max() / 100 for name in table.DATASETS}
+        lines = [f"{title}: best test accuracy {best[name]:.2f} %" for name, title in table.DATASETS.items()]
+        return "\n".join([f"{len(records):,} architectures, sha256 {prepare_files.digest(args.target)}", *lines])
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
@@ -165,6 +186,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], Run]] = {
     "voc2012": voc2012,
     "folder": folder,
     "imagenet": imagenet,
+    "nas_bench_201": nas_bench_201,
 }
 
 

@@ -6,14 +6,16 @@ A new method adds its file to FILES and gives it a ``PRESETS`` tuple.
 import importlib
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxvision.core.config import flatten
+from jaxvision.core.config import Config, flatten
 from jaxvision.core.errors import ConfigError
+from jaxvision.methods.az_nas.spaces import catalog
 from jaxvision.models import zoo
 
-FILES = ("acls", "classification", "igq_vit", "lbt", "rankmixup", "trs")
+FILES = ("acls", "az_nas", "classification", "igq_vit", "lbt", "rankmixup", "trs")
 PRESETS = [(file, preset) for file in FILES for preset in ("", *importlib.import_module(f"configs.{file}").PRESETS)]
 
 
@@ -36,11 +38,21 @@ def test_sequences_are_tuples_of_plain_values(config):
         assert isinstance(value, str | int | float | bool | tuple | None), name
 
 
+def network(config):
+    """The name in the zoo, the settings, the channels of its images and whether these are 16 pixels wide."""
+    if "space" in config:
+        entry = catalog.build(Config(config).space)
+        architecture = entry.space.sample(np.random.default_rng(0))
+        return *entry.space.model(architecture), 3, False
+    channels = len(config.data.mean) or len(zoo.spec(config.model.name).mean)
+    return config.model.name, config.model.settings.to_dict(), channels, config.data.source == "digits16"
+
+
 def test_the_network_builds_at_full_size_without_allocating(config):
-    spec = zoo.spec(config.model.name)
-    channels = len(config.data.mean) or len(spec.mean)
-    module = zoo.build(config.model.name, num_classes=10, **config.model.settings.to_dict())
-    size = (16, 16) if config.data.source == "digits16" else spec.input_size
+    name, settings, channels, small = network(config)
+    spec = zoo.spec(name)
+    module = zoo.build(name, num_classes=10, **settings)
+    size = (16, 16) if small else spec.input_size
     shapes = zoo.variable_shapes(module, size, channels)
     image = jax.ShapeDtypeStruct((2, *size, channels), "float32")
     expected = (2, *size, 10) if spec.dense else (2, 10)

@@ -29,7 +29,7 @@ from jaxvision.main import make_task
 from tests.devices import environment
 from tests.engine.tiny import StopAt
 
-SMOKE = ("acls", "classification", "igq_vit", "lbt", "rankmixup", "trs")
+SMOKE = ("acls", "az_nas", "classification", "igq_vit", "lbt", "rankmixup", "trs")
 ROOT = Path(__file__).parents[2]
 
 

@@ -217,6 +217,14 @@ def test_keys_that_take_forever_to_hash_are_refused():
     assert time.monotonic() - started < 2
 
 
+def test_short_flat_tuples_are_keys():
+    value = {("cifar10", 777): 1, (): {(1, None, b"x")}}
+    assert safe_pickle.load(pickle.dumps(value, 4), allowed={}) == value
+    for key in (("a",) * 5, ((1,),)):
+        with pytest.raises(DataError, match="a tuple can't be a key"):
+            safe_pickle.load(pickle.dumps({key: 1}, 4), allowed={})
+
+
 def test_containers_read_as_they_were():
     value = {"a": [1, 2.5, None, True, -3, 10**30], b"b": (1, (2,), ()), 3: {"x": {1, 2}}, None: frozenset({"y"})}
     for protocol in range(2, 6):

@@ -18,6 +18,8 @@ from jaxvision.models import zoo
         ("wrn26_10_cifar", "wide_resnet", 36_539_124),
         ("densenet121_tiny_imagenet", "densenet", 7_151_048 - 100 * 1025),
         ("mobilenet_v2", "mobilenet_v2", 3_504_872 - 900 * 1281),
+        ("mbv2_searched", "mbv2_searched", 2_824_264 - 900 * 2049),
+        ("autoformer", "autoformer", 5_921_032 - 900 * 193),
         ("vit_small_patch16_224", "vit", 22_050_664 - 900 * 385),
         ("deit_tiny_distilled_patch16_224", "vit", 5_910_800 - 2 * 900 * 193),
         ("swin_tiny_patch4_window7_224", "swin", 28_288_354 - 900 * 769),
@@ -44,7 +46,7 @@ def test_every_entry_is_complete_and_builds():
         assert len(info.mean) == len(info.std) == 3 and len(info.input_size) == 2
         assert 0.8 < info.crop_fraction <= 1
         assert info.interpolation in ("bilinear", "bicubic")
-        assert info.naming in ("akamaster", "torchvision", "timm", "flsd", "smp")
+        assert info.naming in ("akamaster", "torchvision", "timm", "flsd", "nats_bench", "smp")
         assert info.dense == (info.family == "deeplab" or name == "plain_cnn_dense")
 
 
