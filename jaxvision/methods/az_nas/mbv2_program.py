@@ -132,6 +132,17 @@ def _jacobian(g: jax.Array, g_shortcut: jax.Array | None, probe: jax.Array) -> t
 
 _summarise = jax.jit(proxies.summarise)
 
+MAX_PROGRAMS = 1500
+"""Two megabytes each; a long search would compile many thousand."""
+
+
+def bound_programs(limit: int = MAX_PROGRAMS) -> None:
+    """Forgets all programs of this module where they are more than ``limit``; those still needed compile again."""
+    functions = (_layer, _pull, _finish, _jacobian, _summarise)
+    if sum(function._cache_size() for function in functions) > limit:
+        for function in functions:
+            function.clear_cache()
+
 
 def unit_statistics(weights: Weights, x: jax.Array, probe: jax.Array, stride: int) -> proxies.BlockStatistics:
     """:func:`jaxvision.methods.az_nas.proxies.block_statistics` of one unit, layer by layer.
@@ -223,6 +234,7 @@ def score(
     stride = mbv2_structure.total_stride(blocks)
     if resolution % stride:
         raise ConfigError(f"resolution={resolution} must be a multiple of {stride}, the product of the strides")
+    bound_programs()
     images = generator.standard_normal((batch_size, resolution, resolution, 3), np.float32)
     scores = measure(mbv2_structure.units(blocks), images, random_draw(generator))
     return {name: float(value) for name, value in scores.items()}

@@ -117,6 +117,10 @@ def test_a_score_is_a_function_of_the_key_and_compiles_once_for_its_shapes():
     assert score(architecture, jax.random.key(0)) == first
     assert score(architecture, jax.random.key(1))["trainability"] != first["trainability"]
     assert (mbv2_program._layer._cache_size(), mbv2_program._pull._cache_size()) == programs
+    mbv2_program.bound_programs(sum(programs) + 1000)
+    assert mbv2_program._layer._cache_size()
+    mbv2_program.bound_programs(0)
+    assert not mbv2_program._layer._cache_size()
     with pytest.raises(ConfigError, match="resolution=18 must be a multiple of 4"):
         space.scorer(18, 4)(architecture, jax.random.key(0))
 
