@@ -11,13 +11,13 @@ from PIL import Image
 from jaxvision.engine import calibration_figures, calibration_report, report
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import Scaling, measure
+from tests.devices import environment
 
 PROGRAM = """
 import json
 import jax, numpy as np
 from jaxvision.engine import evaluate, parallel
 from jaxvision.metrics.calibration_sums import Calibration, Confidences
-from tests.devices import environment
 from tests.devices import environment
 
 generator = np.random.default_rng(0)

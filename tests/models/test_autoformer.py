@@ -13,7 +13,6 @@ from jaxvision.models import autoformer_architecture, zoo
 from jaxvision.models.autoformer import TABLES, relative_positions
 from jaxvision.models.autoformer_architecture import Architecture
 from tests.arrays import load
-from tests.quickly import quick_jit
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "az_nas"
 
@@ -131,7 +130,7 @@ def test_the_network_gives_the_official_features_and_logits():
 
 def test_initial_values_and_an_image_of_another_size():
     net = zoo.build("autoformer", num_classes=10, architecture="E64-H2R2", patch_size=4, drop_path_rate=0.1)
-    variables = quick_jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     params = variables["params"]
     for leaf in (params["blocks_0"]["attn"]["qkv"]["kernel"], params["blocks_0"]["attn"]["rel_v_h"]):
         assert np.std(leaf) == pytest.approx(0.02, rel=0.05)

@@ -12,7 +12,6 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.models import mbv2_structure, zoo
 from jaxvision.models.mbv2_searched import MBV2Searched, SqueezeExcite
 from tests.arrays import load
-from tests.quickly import quick_jit
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "az_nas"
 
@@ -100,10 +99,10 @@ def test_the_network_gives_the_official_features_and_logits():
 def test_squeeze_excite_gates_channels_by_the_normalised_mean():
     x = np.random.default_rng(0).standard_normal((4, 3, 3, 10)).astype(np.float32)
     module = SqueezeExcite()
-    variables = quick_jit(module.init)(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     assert variables["params"]["reduce"]["conv"]["kernel"].shape == (1, 1, 10, 2)
     assert "bias" not in variables["params"]["expand"]["conv"]
-    run = quick_jit(lambda variables, x: module.apply(variables, x, train=True, mutable=["batch_stats"])[0])
+    run = jax.jit(lambda variables, x: module.apply(variables, x, train=True, mutable=["batch_stats"])[0])
     out = run(variables, x)
 
     def norm(y):
@@ -116,7 +115,7 @@ def test_squeeze_excite_gates_channels_by_the_normalised_mean():
 
 def test_a_unit_starts_as_its_shortcut_and_kernels_by_their_fan_in():
     net = MBV2Searched(5, "SuperConvK3BNRELU(3,8,2,1)SuperResIDWE2K5(8,16,2,8,1)SuperConvK1BNRELU(16,512,1,1)", True)
-    params = quick_jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     assert not np.any(params["units_1"]["project"]["norm"]["scale"])
     assert np.all(params["units_1"]["expand"]["norm"]["scale"] == 1)
     assert not np.any(params["units_1"]["shortcut"]["conv"]["bias"])

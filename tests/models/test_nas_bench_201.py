@@ -16,7 +16,6 @@ from jaxvision.models.nas_bench_201 import CONV_1X1, CONV_3X3, EDGES
 from tests.arrays import load
 from tests.methods.az_nas import networks as oracles
 from tests.models import networks
-from tests.quickly import quick_jit
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "az_nas"
 BEST = 11_663
@@ -183,7 +182,7 @@ def test_logits_are_the_official_ones(number):
     shapes = zoo.variable_shapes(module, (8, 8))
     statistics = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes["batch_stats"])
     assert jax.tree.map(np.shape, variables["params"]) == jax.tree.map(np.shape, shapes["params"])
-    apply = quick_jit(lambda v, x: module.apply(v, x, train=True, mutable="batch_stats"))
+    apply = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable="batch_stats"))
     logits, moved = apply({**variables, "batch_stats": statistics}, net["x"])
     np.testing.assert_allclose(logits, net["logits"], rtol=1e-4, atol=1e-5)
     # A tenth of the unbiased variance of 512 values, which the stem's features have as 1.
@@ -230,7 +229,7 @@ def test_training_reaches_every_parameter():
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
     variables = networks.drawn(module, 1, images)
 
-    @quick_jit
+    @jax.jit
     def gradient(params):
         def loss(params):
             logits, _ = module.apply({**variables, "params": params}, images, train=True, mutable="batch_stats")

@@ -16,7 +16,6 @@ from jaxvision.models.autoformer import TABLES
 from tests.arrays import load
 from tests.models import networks
 from tests.models.test_autoformer import architecture
-from tests.quickly import quick_jit
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "az_nas"
 TINY = autoformer.Choices(16, (8, 16), (1, 2), (2.0, 2.5), (1, 2, 3))
@@ -116,7 +115,7 @@ def plain_parameters(net, chosen):
 def test_masks_equal_the_plain_network_and_one_program_serves_a_width():
     net, images = perturbed(jax.random.key(0)), np.random.default_rng(1).standard_normal((2, 8, 8, 3), np.float32)
     probes = lambda index, shape: jnp.where(jnp.arange(np.prod(shape)).reshape(shape) % 3 == index % 3, 1.0, -1.0)  # noqa: E731
-    measure = quick_jit(partial(autoformer_program.measure, probes=probes, width=8))
+    measure = jax.jit(partial(autoformer_program.measure, probes=probes, width=8))
     for text in ("E8-H1R2.5", "E8-H1R2-H2R2.5-H1R2"):
         chosen = autoformer_architecture.from_string(text)
         pad = (0, 3 - chosen.depth)

@@ -13,7 +13,6 @@ from jaxvision.methods.az_nas import baselines, supernet_init
 from jaxvision.methods.az_nas.baselines import BASELINES, Settings, make_baseline
 from jaxvision.methods.az_nas.supernet_init import Skeleton
 from tests.methods.az_nas import oracle_networks
-from tests.quickly import quick_jit
 
 # Our name -> the oracle's.
 ORACLES = {name: name for name in ("grad_norm", "snip", "synflow", "grasp", "naswot", "zen", "gradsign", "zico")} | {
@@ -27,7 +26,7 @@ TINY = Settings(Skeleton(width=4, cells=1), resolution=8, batch_size=4)
 def measures():
     """Each proxy compiled once: all cases are the same program."""
     measures = {BASELINES[name].measure for name in ORACLES}
-    return {measure: quick_jit(measure) for measure in measures}
+    return {measure: jax.jit(measure) for measure in measures}
 
 
 # Each compiles for 4 to 8 seconds; these two share their code with others.

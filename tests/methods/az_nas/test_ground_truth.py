@@ -10,7 +10,6 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.data import builtin
 from jaxvision.methods.az_nas.ground_truth import ARCHITECTURES, Training, noisy_digits
 from jaxvision.methods.az_nas.supernet_init import Skeleton
-from tests.quickly import quick_jit
 
 TRAINING = Training(Skeleton(width=4, cells=1, num_classes=3, channels=1), steps=6, lr=0.05)
 MEMBERS = jnp.asarray([[3, 2, 1, 4, 0, 3], [0, 0, 0, 0, 0, 0], [1, 1, 2, 3, 1, 2]], jnp.int32)
@@ -30,7 +29,7 @@ def batches():
 
 @pytest.fixture(scope="module")
 def programs():
-    return tuple(map(quick_jit, (TRAINING.init_members, TRAINING.train_step, TRAINING.evaluate)))
+    return tuple(map(jax.jit, (TRAINING.init_members, TRAINING.train_step, TRAINING.evaluate)))
 
 
 @pytest.fixture(scope="module")

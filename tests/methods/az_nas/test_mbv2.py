@@ -13,7 +13,6 @@ from jaxvision.models import mbv2_structure
 from jaxvision.models.mbv2_structure import Block
 from tests.arrays import load
 from tests.models.test_mbv2_searched import named_weights
-from tests.quickly import quick_jit
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "az_nas"
 TINY = "SuperConvK3BNRELU(3,8,2,1)SuperResIDWE2K3(8,36,2,12,1)SuperConvK1BNRELU(36,40,1,1)"
@@ -96,7 +95,7 @@ def test_depthwise_layers_are_grouped_convolutions_with_their_gradients():
                 x, w, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
             )
 
-        @quick_jit
+        @jax.jit
         def both(x, g, grouped=grouped, w=w, stride=stride):
             results = [jax.vjp(f, x) for f in (grouped, lambda x: mbv2_program.depthwise(x, w, stride))]
             return [(out, pull(g)[0]) for out, pull in results]

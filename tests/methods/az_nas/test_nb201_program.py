@@ -14,7 +14,6 @@ from jaxvision.metrics import ranking
 from jaxvision.models import nas_bench_201, nas_bench_201_graph
 from jaxvision.models.nas_bench_201 import Cell, ReductionBlock
 from tests.methods.az_nas import networks
-from tests.quickly import quick_jit
 
 SMALL = Skeleton(8, 2, 4, 1)
 KEY = jax.random.key(0)
@@ -26,7 +25,7 @@ def operations(seed, count):
 
 def quick(score):
     """Compiled without optimisations."""
-    return quick_jit(score.__wrapped__)
+    return jax.jit(score.__wrapped__)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def block_scores(request):
     """One compiled program for all oracle networks, and its tolerance."""
     merge, double = request.param == "merged", "float64" in request.param
     with jax.enable_x64(double):
-        score = quick_jit(partial(nb201_program.block_scores, merge=merge))
+        score = jax.jit(partial(nb201_program.block_scores, merge=merge))
         yield score, np.float64 if double else np.float32, 1e-10 if double else 2e-6
         assert score._cache_size() == 1
 
@@ -66,7 +65,7 @@ def test_the_plain_network_gives_the_same(architecture, batched):
     """The trainable Flax network's blocks, differentiated by JAX, with the weights and probes of the draw."""
     text = nas_bench_201.to_string(architecture)
 
-    @quick_jit
+    @jax.jit
     def plain(key):
         drawn = draw(jnp.asarray(architecture), key, SMALL)
         weights = drawn.weights
@@ -127,7 +126,7 @@ def test_edges_that_lead_nowhere_change_no_bit():
         jnp.asarray(generator.normal(size=shape), jnp.float32)
         for shape in ((2, 4, 4, 3), (6, 3, 3, 3, 3), (2, 4, 4, 3))
     )
-    run = quick_jit(nb201_cell.cell)
+    run = jax.jit(nb201_cell.cell)
     for row in ([3, 2, 4, 1, 0, 0], [0, 3, 3, 0, 3, 2], [0, 0, 3, 0, 2, 4], [4, 0, 0, 2, 0, 3]):
         row = np.asarray(row, np.int32)
         pruned = nas_bench_201_graph.prune(row)
@@ -151,7 +150,7 @@ def test_signs_survive_packing(shape):
 def test_weights_have_the_deviation_of_their_init(init):
     skeleton = Skeleton(8, 8, 16, 1)
     architecture = jnp.asarray([3, 2, 3, 3, 3, 3])
-    drawn = quick_jit(draw, static_argnums=(2, 3))(architecture, KEY, skeleton, init)
+    drawn = jax.jit(draw, static_argnums=(2, 3))(architecture, KEY, skeleton, init)
     fan = {"in": 9 * 32, "out": 9 * 64}
     expected = {
         "kaiming_normal_in": (2 / fan["in"]) ** 0.5, "kaiming_uniform_in": (2 / fan["in"]) ** 0.5,

@@ -9,10 +9,9 @@ from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import proxies
 from tests.arrays import load
 from tests.methods.az_nas.networks import NETS, ORACLES, oracle
-from tests.quickly import quick_jit
 
-spectrum_entropy = quick_jit(proxies.spectrum_entropy, static_argnames="clamp")
-gradient_statistics = quick_jit(lambda *pair: (proxies.block_singular_value(*pair), proxies.is_identity(*pair)))
+spectrum_entropy = jax.jit(proxies.spectrum_entropy, static_argnames="clamp")
+gradient_statistics = jax.jit(lambda *pair: (proxies.block_singular_value(*pair), proxies.is_identity(*pair)))
 
 
 @pytest.mark.parametrize("number", [2, 3, 5, 6])
@@ -45,7 +44,7 @@ def test_proxies_of_whole_networks(number):
     sigma, identical = map(np.stack, zip(*(gradient_statistics(*pair) for pair in pairs), strict=True))
     np.testing.assert_allclose(sigma, net["sigma_max_per_block"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(identical, net["trainability_per_block"] == -np.inf)
-    found = quick_jit(proxies.summarise)(net["expressivity_per_block"].astype(np.float32), sigma, identical)
+    found = jax.jit(proxies.summarise)(net["expressivity_per_block"].astype(np.float32), sigma, identical)
     for name, value in found.items():
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, net[name], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -57,7 +56,7 @@ def test_a_block_is_measured_by_its_own_vjp():
     features = generator.normal(size=(2, 4, 4, 3)).astype(np.float32)
     weights = generator.normal(size=(12, 5)).astype(np.float32)
     probe = generator.choice([-1.0, 1.0], (2, 2, 2, 5)).astype(np.float32)
-    found = quick_jit(proxies.block_statistics, static_argnums=0)(
+    found = jax.jit(proxies.block_statistics, static_argnums=0)(
         lambda x: proxies.space_to_depth(x, 2) @ weights, features, probe
     )
     windows = features.reshape(2, 2, 2, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 12)
@@ -84,7 +83,7 @@ def test_one_nan_sends_both_entropy_proxies_to_the_bottom():
 
 
 def test_entropy_has_no_gradient():
-    gradient = quick_jit(jax.grad(proxies.spectrum_entropy))(jnp.arange(12.0).reshape(6, 2) ** 2)
+    gradient = jax.jit(jax.grad(proxies.spectrum_entropy))(jnp.arange(12.0).reshape(6, 2) ** 2)
     assert not np.any(gradient)
 
 

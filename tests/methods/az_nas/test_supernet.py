@@ -11,7 +11,6 @@ from jaxvision.methods.az_nas import supernet, supernet_init
 from jaxvision.methods.az_nas.supernet_init import Skeleton
 from jaxvision.models.nas_bench_201 import CONV_1X1, CONV_3X3
 from tests.methods.az_nas import oracle_networks
-from tests.quickly import quick_jit
 
 TINY = Skeleton(width=4, cells=1, channels=3)
 
@@ -19,7 +18,7 @@ TINY = Skeleton(width=4, cells=1, channels=3)
 @pytest.fixture(scope="module")
 def forward():
     """One program for all oracles: architectures are data."""
-    return quick_jit(lambda params, architecture, images: supernet.apply(params, architecture, images))
+    return jax.jit(lambda params, architecture, images: supernet.apply(params, architecture, images))
 
 
 @pytest.mark.parametrize("case", [0, 3, 4, 5, 6])
@@ -44,7 +43,7 @@ def test_edge_has_the_gradients_of_the_plain_formula():
         kernel = jax.random.normal(keys[2], (3, 3, 3, 3), jnp.float64)
         given = (jnp.zeros(3, jnp.float64), jnp.ones(3, jnp.float64))
 
-        @quick_jit
+        @jax.jit
         def both(operation):
             plain = lambda x, kernel: layers._edge(x, kernel, operation, given, layers.BATCH)[0]  # noqa: E731
             ours = lambda x, kernel: layers.edge(x, kernel, operation, given, layers.BATCH)[0]  # noqa: E731
@@ -59,7 +58,7 @@ def test_edge_has_the_gradients_of_the_plain_formula():
 def test_init_spreads_as_its_distribution_says(how):
     skeleton = Skeleton(width=16, cells=1)
     architecture = jnp.asarray([CONV_3X3, CONV_1X1, 0, 1, 4, CONV_3X3])
-    params = quick_jit(lambda key: supernet_init.init(key, architecture, skeleton, how))(jax.random.key(0))
+    params = jax.jit(lambda key: supernet_init.init(key, architecture, skeleton, how))(jax.random.key(0))
     edges = np.asarray(params["stage3"]["kernel"][0])
     fans = {0: 9 * 64, 1: 64}
     deviation = {
@@ -78,7 +77,7 @@ def test_init_spreads_as_its_distribution_says(how):
 
 def test_weights_are_counted():
     skeleton, architecture = Skeleton(width=4, cells=2), np.array([3, 2, 0, 1, 4, 3], np.int32)
-    draw = quick_jit(lambda key: supernet_init.init(key, jnp.asarray(architecture), skeleton, "default"))
+    draw = jax.jit(lambda key: supernet_init.init(key, jnp.asarray(architecture), skeleton, "default"))
     params = trees.named_leaves(draw(jax.random.key(0)))
     counted = sum(np.count_nonzero(leaf) for name, leaf in params.items() if name.endswith("kernel"))
     assert supernet_init.weights_of(architecture, skeleton) == counted
@@ -90,7 +89,7 @@ def test_running_statistics_normalise_as_the_batch_that_gave_them():
     """Evaluation with a batch's own (biased) moments is training mode on that batch."""
     architecture = jnp.asarray([3, 2, 1, 4, 0, 3])
 
-    @quick_jit
+    @jax.jit
     def compare(key):
         params = supernet_init.init(key, architecture, TINY)
         images = jax.random.normal(key, (4, 8, 8, 3))
