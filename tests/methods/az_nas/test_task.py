@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from configs import az_nas
+from configs import az_nas, common
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, Preempted
 from jaxvision.engine import loop, parallel, report
@@ -71,15 +71,19 @@ def test_a_search_that_is_stopped_ends_with_the_same_result(search, tmp_path, mo
         np.testing.assert_array_equal(parts.state.extra[name], whole.state.extra[name])
 
 
-def test_what_was_found_is_a_configuration_that_trains(tmp_path):
+def test_what_was_found_is_a_configuration_that_trains(tmp_path, monkeypatch):
     task, results = run(settings(), tmp_path / "run")
     made = task.report(results)
     report.write(made, tmp_path / "run")
     spec = importlib.util.spec_from_file_location("found", tmp_path / "run" / "found.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # The smoke preset trains the same network: its other settings stay. Another network's are not taken over.
-    assert module.get_config().model.settings.to_dict() == {"depth": 14, "width_multiplier": 0.25}
+    # The smoke preset trains another network: its settings are not taken over. The same network's other settings stay.
+    assert module.get_config().model.settings.to_dict() == {"depth": 14}
+    same = common.model("resnet20", settings={"depth": 8, "width_multiplier": 0.25})
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "tiny_cnn", lambda: same)
+        assert module.get_config().model.settings.to_dict() == {"depth": 14, "width_multiplier": 0.25}
     assert module.get_config().is_locked
     other = module.get_config("cifar10_resnet32")
     assert other.data.source == "cifar10" and other.model.settings.to_dict() == {"depth": 14}
