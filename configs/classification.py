@@ -140,32 +140,29 @@ def imagenet_deit(name: str) -> ConfigDict:
     Two parts of the official code are not here: repeated augmentation (each image three times a batch), and the ten
     epochs at the last rate that follow the 300. The rate is 5e-4 for a batch of 512 and follows the batch size.
     """
-    data = common.imagenet({"rand_augment": 9.0, "erasing": 0.25}, batch_size=1024)
-    lr = data.get_ref("batch_size").to_float() * 5e-4 / 512
-    config = base(
-        data,
-        common.model(name, dtype="bfloat16", settings={"drop_path_rate": 0.1}),
-        common.optimizer(
-            "adamw",
-            lr,
-            weight_decay=0.05,
-            no_decay=VIT_NO_DECAY,
-            schedule={
-                "name": "timm_cosine",
-                "warmup_epochs": 5.0,
-                "warmup_lr": 1e-6,
-                "end_lr": 1e-5,
-                "per_epoch": True,
-            },
-        ),
-        log_every=100,
-        save_every=2500,
-    )
-    config.epochs = 300.0
-    config.label_smoothing = 0.1
-    config.mix.mixup_alpha, config.mix.cutmix_alpha = 0.8, 1.0
+    model = common.model(name, dtype="bfloat16", settings={"drop_path_rate": 0.1})
+    config = imagenet_vit(model, batch_size=1024, epochs=300.0, warmup_epochs=5.0)
     config.ema = common.ema(0.99996)
     return common.finish(config)
+
+
+def imagenet_vit(model: ConfigDict, *, batch_size: int, epochs: float, warmup_epochs: float) -> ConfigDict:
+    """What DeiT and those who follow it share. The rate is 5e-4 for a batch of 512 and follows the batch size."""
+    data = common.imagenet({"rand_augment": 9.0, "erasing": 0.25}, batch_size=batch_size)
+    lr = data.get_ref("batch_size").to_float() * 5e-4 / 512
+    schedule = {"name": "timm_cosine", "warmup_lr": 1e-6, "end_lr": 1e-5, "per_epoch": True}
+    optimizer = common.optimizer(
+        "adamw",
+        lr,
+        weight_decay=0.05,
+        no_decay=VIT_NO_DECAY,
+        schedule={**schedule, "warmup_epochs": warmup_epochs},
+    )
+    config = base(data, model, optimizer, log_every=100, save_every=2500)
+    config.epochs = epochs
+    config.label_smoothing = 0.1
+    config.mix.mixup_alpha, config.mix.cutmix_alpha = 0.8, 1.0
+    return config
 
 
 def imagenet_mbv2_searched() -> ConfigDict:
@@ -204,29 +201,6 @@ def imagenet_autoformer() -> ConfigDict:
     parameters. Networks of the space B train for 300 epochs (``--config.epochs=300``). Repeated augmentation (each
     image three times a batch) is not here. The rate is 5e-4 for a batch of 512 and follows the batch size.
     """
-    data = common.imagenet({"rand_augment": 9.0, "erasing": 0.25}, batch_size=2048)
-    lr = data.get_ref("batch_size").to_float() * 5e-4 / 512
     settings = {"architecture": autoformer_architecture.TINY, "drop_path_rate": 0.1}
-    config = base(
-        data,
-        common.model("autoformer", dtype="bfloat16", settings=settings),
-        common.optimizer(
-            "adamw",
-            lr,
-            weight_decay=0.05,
-            no_decay=VIT_NO_DECAY,
-            schedule={
-                "name": "timm_cosine",
-                "warmup_epochs": 20.0,
-                "warmup_lr": 1e-6,
-                "end_lr": 1e-5,
-                "per_epoch": True,
-            },
-        ),
-        log_every=100,
-        save_every=2500,
-    )
-    config.epochs = 500.0
-    config.label_smoothing = 0.1
-    config.mix.mixup_alpha, config.mix.cutmix_alpha = 0.8, 1.0
-    return common.finish(config)
+    model = common.model("autoformer", dtype="bfloat16", settings=settings)
+    return common.finish(imagenet_vit(model, batch_size=2048, epochs=500.0, warmup_epochs=20.0))

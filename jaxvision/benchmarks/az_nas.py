@@ -35,10 +35,10 @@ def jaxvision_scorer(options: argparse.Namespace) -> Callable[[np.ndarray], Any]
     """``operations [6] -> scores`` by the compiled program."""
     import jax
 
-    from jaxvision.methods.az_nas.nb201_draws import Skeleton
+    from jaxvision.methods.az_nas.nb201_draws import Sizes
     from jaxvision.methods.az_nas.nb201_program import make_score
 
-    score, key = make_score(Skeleton(options.resolution, options.batch)), jax.random.key(options.seed)
+    score, key = make_score(Sizes(options.resolution, options.batch)), jax.random.key(options.seed)
     return lambda operations: jax.device_get(score(operations, key))
 
 
@@ -84,12 +84,12 @@ def batches(options: argparse.Namespace, rows: np.ndarray) -> None:
     """Prints the time an architecture of the batched program, by the clock."""
     import jax
 
-    from jaxvision.methods.az_nas.nb201_draws import Skeleton
+    from jaxvision.methods.az_nas.nb201_draws import Sizes
     from jaxvision.methods.az_nas.nb201_program import make_batched_score
 
     count = max(len(rows) // options.together, 1) * options.together
     rows = np.resize(rows, (count, 6))
-    score = make_batched_score(Skeleton(options.resolution, options.batch), together=options.together)
+    score = make_batched_score(Sizes(options.resolution, options.batch), together=options.together)
     keys, seconds = jax.random.split(jax.random.key(options.seed), count), []
     for _ in range(4):
         begin = time.perf_counter()

@@ -2,19 +2,10 @@
 
 import pytest
 
-from jaxvision.benchmarks import calibration, torch_calibration
+from jaxvision.benchmarks import calibration
 from tests.losses.oracle import check
 
 torch = pytest.importorskip("torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """PyTorch's threads wait for each other by spinning, which beside other tests takes minutes."""
-    threads = torch.get_num_threads()
-    torch_calibration.use_threads(1)
-    yield
-    torch_calibration.use_threads(threads)
 
 
 def test_peers_agree(monkeypatch):

@@ -9,16 +9,6 @@ from tests.methods.az_nas import networks
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """PyTorch's threads wait for each other by spinning, which beside other tests takes minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("number", networks.NETS)
 def test_entropies_are_the_official_ones_and_the_rest_is_near(number):
     """With the oracle's weights and images; the probes are fresh."""

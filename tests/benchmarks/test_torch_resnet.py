@@ -9,16 +9,6 @@ from jaxvision.core.errors import ConfigError
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """PyTorch's threads wait for each other by spinning, which beside other tests takes minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("peer", ["float_step", "trs_step", "lbt_step"])
 def test_the_loss_falls_on_one_batch(peer):
     assert torch_resnet.available()

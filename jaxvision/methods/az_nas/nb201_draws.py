@@ -14,7 +14,7 @@ from jaxvision.models.nas_bench_201 import CONV_1X1
 WORD = 32
 
 
-class Skeleton(NamedTuple):
+class Sizes(NamedTuple):
     """The fixed part of the networks: ``cells`` cells a stage, ``width`` channels in the first, on square images."""
 
     resolution: int = 32
@@ -107,7 +107,7 @@ def pack(signs: jax.Array) -> jax.Array:
 # --- the draw ------------------------------------------------------------------------------------------------------
 
 
-def draw(architecture: jax.Array, key: jax.Array, skeleton: Skeleton, init: str = "kaiming_normal_in") -> Draws:
+def draw(architecture: jax.Array, key: jax.Array, sizes: Sizes, init: str = "kaiming_normal_in") -> Draws:
     """Fresh weights, images and probes.
 
     One call draws all normal numbers and one all bits: forty calls would triple the time to compile.
@@ -115,16 +115,16 @@ def draw(architecture: jax.Array, key: jax.Array, skeleton: Skeleton, init: str 
     Args:
       architecture: int32 [6]; decides by which fan an edge's kernel is scaled.
       key: typed, [].
-      skeleton: the sizes.
+      sizes: of networks and images.
       init: of ``INITS``; the official code's default, and its ablation.
 
     Raises:
       ConfigError: an unknown ``init``, a resolution that two reductions don't divide, or a size below 1.
     """
-    check(skeleton, init)
+    check(sizes, init)
     normals, bits = jax.random.split(key)
-    image_shape = (skeleton.batch_size, skeleton.resolution, skeleton.resolution, 3)
-    shapes = _weight_shapes(skeleton)
+    image_shape = (sizes.batch_size, sizes.resolution, sizes.resolution, 3)
+    shapes = _weight_shapes(sizes)
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda leaf: isinstance(leaf, tuple) and isinstance(leaf[0], int))
     if INITS[init][1]:
         # Unit variance, as the normal numbers have.
@@ -136,28 +136,28 @@ def draw(architecture: jax.Array, key: jax.Array, skeleton: Skeleton, init: str 
         images, *pieces = _cut(drawn, [image_shape, *leaves])
     weights = _scaled(jax.tree.unflatten(tree, pieces), architecture, INITS[init][0])
 
-    shapes = [(skeleton.cells, words(skeleton.stage_shape(stage))) for stage in range(3)]
-    shapes += [(words(skeleton.stage_shape(stage)),) for stage in (1, 2)]
+    shapes = [(sizes.cells, words(sizes.stage_shape(stage))) for stage in range(3)]
+    shapes += [(words(sizes.stage_shape(stage)),) for stage in (1, 2)]
     *stages, first, second = _cut(jax.random.bits(bits, (_total(shapes),), jnp.uint32), shapes)
     return Draws(weights, images, tuple(stages), (first, second))
 
 
-def check(skeleton: Skeleton, init: str) -> None:
+def check(sizes: Sizes, init: str) -> None:
     """Raises the ConfigErrors of :func:`draw`."""
     if init not in INITS:
         raise unknown("init", init, INITS)
-    for name, value in skeleton._asdict().items():
+    for name, value in sizes._asdict().items():
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
-    if skeleton.resolution % 4:
-        raise ConfigError(f"resolution={skeleton.resolution} must be a multiple of 4: two blocks halve it")
+    if sizes.resolution % 4:
+        raise ConfigError(f"resolution={sizes.resolution} must be a multiple of 4: two blocks halve it")
 
 
-def _weight_shapes(skeleton: Skeleton) -> Weights:
-    channels = [skeleton.width << stage for stage in range(3)]
-    stages = tuple((skeleton.cells, 6, 3, 3, c, c) for c in channels)
+def _weight_shapes(sizes: Sizes) -> Weights:
+    channels = [sizes.width << stage for stage in range(3)]
+    stages = tuple((sizes.cells, 6, 3, 3, c, c) for c in channels)
     reductions = tuple(Reduction((3, 3, c, 2 * c), (3, 3, 2 * c, 2 * c), (1, 1, c, 2 * c)) for c in channels[:2])
-    return Weights((3, 3, 3, skeleton.width), stages, reductions)
+    return Weights((3, 3, 3, sizes.width), stages, reductions)
 
 
 def _scaled(weights: Weights, architecture: jax.Array, deviation: Callable[[float, float], float]) -> Weights:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import proxies
 from jaxvision.methods.az_nas.nb201_cell import cell, convolve, normalise, reduction
-from jaxvision.methods.az_nas.nb201_draws import Draws, Skeleton, check, draw, unpack
+from jaxvision.methods.az_nas.nb201_draws import Draws, Sizes, check, draw, unpack
 from jaxvision.models import nas_bench_201_graph
 
 Score = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
@@ -63,36 +63,36 @@ def score_given(architecture: jax.Array, draws: Draws, *, merge: bool = False) -
     return proxies.summarise(*block_scores(architecture, draws, merge=merge))
 
 
-def make_score(skeleton: Skeleton, init: str = "kaiming_normal_in") -> Score:
+def make_score(sizes: Sizes, init: str = "kaiming_normal_in") -> Score:
     """``(architecture int32 [6], key) -> {name: float32 []}``, compiled once for all 15,625 architectures.
 
     Compute one architecture after the other on CPU (under ``jax.vmap`` every conditional runs all its branches).
 
     Args:
-      skeleton: resolution, batch size, width and cells a stage.
+      sizes: resolution, batch size, width and cells a stage.
       init: of ``nb201_draws.INITS``.
 
     Raises:
       ConfigError: an unknown ``init``, a resolution that isn't a multiple of 4, or a size below 1.
     """
-    check(skeleton, init)
+    check(sizes, init)
 
     @jax.jit
     def score(architecture: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
-        return score_given(architecture, draw(architecture, key, skeleton, init))
+        return score_given(architecture, draw(architecture, key, sizes, init))
 
     return score
 
 
 def make_batched_score(
-    skeleton: Skeleton, init: str = "kaiming_normal_in", *, together: int = 1, merge: bool = True
+    sizes: Sizes, init: str = "kaiming_normal_in", *, together: int = 1, merge: bool = True
 ) -> Score:
     """``(architectures int32 [n, 6], keys [n]) -> {name: float32 [n]}``.
 
     The same numbers as :func:`make_score`'s with the same keys.
 
     Args:
-      skeleton: resolution, batch size, width and cells a stage.
+      sizes: resolution, batch size, width and cells a stage.
       init: of ``nb201_draws.INITS``.
       together: how many architectures a step of the loop computes at once; memory grows by it.
       merge: masked kernels, batched over the architectures. False: conditionals, one architecture at a time.
@@ -100,13 +100,13 @@ def make_batched_score(
     Raises:
       ConfigError: as in :func:`make_score`; or several ``together`` without ``merge``.
     """
-    check(skeleton, init)
+    check(sizes, init)
     if together > 1 and not merge:
         raise ConfigError(f"together={together} needs merge=True: a batched conditional runs all its branches")
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
         architecture, key = inputs
-        return score_given(architecture, draw(architecture, key, skeleton, init), merge=merge)
+        return score_given(architecture, draw(architecture, key, sizes, init), merge=merge)
 
     @jax.jit
     def score(architectures: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:

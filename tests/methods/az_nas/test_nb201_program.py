@@ -9,13 +9,13 @@ import pytest
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import nb201_cell, nb201_program, proxies
-from jaxvision.methods.az_nas.nb201_draws import INITS, Skeleton, draw, pack, unpack, words
+from jaxvision.methods.az_nas.nb201_draws import INITS, Sizes, draw, pack, unpack, words
 from jaxvision.metrics import ranking
 from jaxvision.models import nas_bench_201, nas_bench_201_graph
 from jaxvision.models.nas_bench_201 import Cell, ReductionBlock
 from tests.methods.az_nas import networks
 
-SMALL = Skeleton(8, 2, 4, 1)
+SMALL = Sizes(8, 2, 4, 1)
 KEY = jax.random.key(0)
 
 
@@ -148,9 +148,9 @@ def test_signs_survive_packing(shape):
 
 @pytest.mark.parametrize("init", INITS)
 def test_weights_have_the_deviation_of_their_init(init):
-    skeleton = Skeleton(8, 8, 16, 1)
+    sizes = Sizes(8, 8, 16, 1)
     architecture = jnp.asarray([3, 2, 3, 3, 3, 3])
-    drawn = jax.jit(draw, static_argnums=(2, 3))(architecture, KEY, skeleton, init)
+    drawn = jax.jit(draw, static_argnums=(2, 3))(architecture, KEY, sizes, init)
     fan = {"in": 9 * 32, "out": 9 * 64}
     expected = {
         "kaiming_normal_in": (2 / fan["in"]) ** 0.5, "kaiming_uniform_in": (2 / fan["in"]) ** 0.5,
@@ -168,22 +168,22 @@ def test_weights_have_the_deviation_of_their_init(init):
         # A 1x1 convolution's fan-in.
         assert edges[1, 1, 1].std() == pytest.approx((2 / 64) ** 0.5, rel=0.04)
     assert np.asarray(drawn.images).std() == pytest.approx(1, rel=0.05)
-    signs = unpack(drawn.stage_probes[0][0], skeleton.stage_shape(0))
+    signs = unpack(drawn.stage_probes[0][0], sizes.stage_shape(0))
     assert set(np.unique(signs)) == {-1.0, 1.0} and abs(signs.mean()) < 0.05
 
 
 @pytest.mark.parametrize(
-    ("skeleton", "settings", "message"),
+    ("sizes", "settings", "message"),
     [
-        (Skeleton(10), {}, "resolution=10 must be a multiple of 4"),
-        (Skeleton(batch_size=0), {}, "batch_size=0 must be at least 1"),
+        (Sizes(10), {}, "resolution=10 must be a multiple of 4"),
+        (Sizes(batch_size=0), {}, "batch_size=0 must be at least 1"),
         (SMALL, {"init": "he"}, "init='he' is unknown"),
         (SMALL, {"together": 4, "merge": False}, "together=4 needs merge=True"),
     ],
 )
-def test_mistakes_are_named(skeleton, settings, message):
+def test_mistakes_are_named(sizes, settings, message):
     with pytest.raises(ConfigError, match=message):
-        nb201_program.make_batched_score(skeleton, **settings)
+        nb201_program.make_batched_score(sizes, **settings)
 
 
 # --- the anchor ----------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_mistakes_are_named(skeleton, settings, message):
 def test_scores_rank_as_the_official_code_does():
     """60 cells at 16x16, batch 16. Two draws of the official code agree with rank correlations of .97, .89 and .99."""
     index, official = networks.anchor()
-    score = nb201_program.make_batched_score(Skeleton(16, 16), merge=False)
+    score = nb201_program.make_batched_score(Sizes(16, 16), merge=False)
     rows = np.stack([nas_bench_201.from_index(int(i)) for i in index])
     found = score(rows, jax.vmap(partial(jax.random.fold_in, KEY))(index))
     for name, least, shift in (

@@ -4,13 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxvision.core.config import Config
 from jaxvision.core.errors import unknown
-from jaxvision.methods.az_nas import nb201_program
-from jaxvision.methods.az_nas.nb201_draws import Skeleton
 from jaxvision.methods.az_nas.search import Scorer
 from jaxvision.methods.az_nas.spaces.autoformer import AutoFormer
 from jaxvision.methods.az_nas.spaces.mbv2 import MBV2
@@ -51,21 +48,6 @@ class Entry:
 
 def _nas_bench_201(config: Config) -> Entry:
     space = _made(NasBench201Space, config)
-    skeleton = {"width": space.width, "cells": space.num_cells}
-
-    def batched(resolution: int, batch_size: int, together: int) -> Scorer:
-        sizes = Skeleton(resolution, batch_size, space.width, space.num_cells)
-        score = nb201_program.make_batched_score(sizes, space.init, together=together)
-
-        def blocks(architectures: np.ndarray, keys: jax.Array) -> dict[str, np.ndarray]:
-            # Blocks of one size, the last filled up: another size would compile another program.
-            count = len(architectures)
-            rows = np.arange(-(-count // together) * together).reshape(-1, together) % count
-            found = jax.device_get([score(architectures[block], keys[block]) for block in rows])
-            return {name: np.concatenate([each[name] for each in found])[:count] for name in found[0]}
-
-        return blocks
-
     return Entry(
         config.name,
         space,
@@ -76,8 +58,8 @@ def _nas_bench_201(config: Config) -> Entry:
         number=nas_bench_201.to_index,
         canonical=space.function,
         in_benchmark=True,
-        network=skeleton,
-        batched=batched,
+        network={"width": space.width, "cells": space.num_cells},
+        batched=space.batched_scorer,
     )
 
 

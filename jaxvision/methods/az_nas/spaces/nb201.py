@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import nb201_program
-from jaxvision.methods.az_nas.nb201_draws import Skeleton
+from jaxvision.methods.az_nas.nb201_draws import Sizes
 from jaxvision.methods.az_nas.spaces.space import Architecture, Cost, Scores
 from jaxvision.models import nas_bench_201, nas_bench_201_graph
 
@@ -82,7 +82,7 @@ class NasBench201Space:
 
     def scorer(self, resolution: int, batch_size: int) -> Callable[[Architecture, Any], Scores]:
         """Expressivity, progressivity and trainability on noise images of ``resolution``; one program for all cells."""
-        score = nb201_program.make_score(Skeleton(resolution, batch_size, self.width, self.num_cells), self.init)
+        score = nb201_program.make_score(Sizes(resolution, batch_size, self.width, self.num_cells), self.init)
 
         def run(architecture: Architecture, key: Any) -> Scores:
             found = jax.device_get(score(np.asarray(architecture, np.int32), key))
@@ -95,8 +95,8 @@ class NasBench201Space:
     ) -> Callable[[np.ndarray, jax.Array], Mapping[str, np.ndarray]]:
         """``(architectures int32 [n, 6], keys [n]) -> {proxy: float32 [n]}``: the same numbers as :meth:`scorer`'s,
         ``together`` architectures in one batched program, for accelerators."""
-        skeleton = Skeleton(resolution, batch_size, self.width, self.num_cells)
-        score = nb201_program.make_batched_score(skeleton, self.init, together=together)
+        sizes = Sizes(resolution, batch_size, self.width, self.num_cells)
+        score = nb201_program.make_batched_score(sizes, self.init, together=together)
 
         def run(architectures: np.ndarray, keys: jax.Array) -> dict[str, np.ndarray]:
             count, found = len(architectures), []
@@ -110,6 +110,6 @@ class NasBench201Space:
         return run
 
     def model(self, architecture: Architecture) -> tuple[str, dict[str, Any]]:
-        """The network of the cell in this skeleton."""
+        """The network of the cell in this space's skeleton."""
         settings = {"architecture": self.to_string(architecture), "width": self.width, "cells": self.num_cells}
         return "nas_bench_201", settings
