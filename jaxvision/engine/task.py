@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from flax import struct
 
+from jaxvision.core import struct
 from jaxvision.engine.report import Report, Results
 
 Batch = dict[str, np.ndarray]

@@ -14,9 +14,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from jaxvision.core import devices
+from jaxvision.core import devices, struct
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.losses.calibration import (
     CalibrationLoss,

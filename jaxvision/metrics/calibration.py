@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import struct
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 
 Array = jax.Array | np.ndarray

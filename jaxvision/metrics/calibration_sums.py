@@ -8,8 +8,8 @@ of a hundred million pixels is as exact as one of ten; float32 sums would stall 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from jaxvision.core import struct
 from jaxvision.metrics import calibration
 from jaxvision.metrics.calibration import NUM_BINS, Bins, Ranked
 from jaxvision.metrics.mean import Mean

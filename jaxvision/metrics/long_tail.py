@@ -6,8 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 
 Groups = tuple[tuple[str, tuple[int, ...]], ...]

@@ -8,7 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+
+from jaxvision.core import struct
 
 _HALF = 16
 _EPS = 1e-10

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.quant import uniform
 from jaxvision.quant.affine import Affine

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.quant import observers, uniform, weights
 from jaxvision.quant.ste import straight_through

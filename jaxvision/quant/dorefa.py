@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import uniform
 from jaxvision.quant.ste import clip, ste_round, straight_through

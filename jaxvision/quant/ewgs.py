@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import uniform
 from jaxvision.quant.ste import clip, ewgs_round

@@ -17,10 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.typing import ArrayLike
 
-from jaxvision.core import devices
+from jaxvision.core import devices, struct
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.quant.uniform import divide
 

@@ -13,10 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 
-from jaxvision.core import devices
+from jaxvision.core import devices, struct
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.quant import gradient
 

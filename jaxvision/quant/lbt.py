@@ -6,9 +6,9 @@ Source: LBT (arXiv 2407.12637), official code ``models/modules.py``. The quantiz
 from typing import ClassVar
 
 import jax
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.quant import uniform
 from jaxvision.quant.ste import clip, ste_round
 from jaxvision.quant.trainable import Trainable, half, largest, magnitude, three_deviations

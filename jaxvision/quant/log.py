@@ -4,10 +4,10 @@ Each function of arrays has a class that a network site calls: ``quantizer(x, ba
 pytrees whose bit count is an array, so that changing the bits compiles nothing anew. ``x_hat`` has no useful gradient.
 """
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxvision.core import struct
 from jaxvision.quant.uniform import divide
 
 
@@ -106,7 +106,7 @@ def twin_gelu_quantize(x: jax.Array, positive: jax.Array, negative: jax.Array, b
     return (above + below).astype(x.dtype)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Log2Quantizer:
     """:func:`log2_quantize` with ``bits`` () int32."""
 
@@ -118,7 +118,7 @@ class Log2Quantizer:
         return log2_quantize(x, self.bits)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class LogSqrt2Quantizer:
     """:func:`log_sqrt2_quantize` with ``delta`` () float32 and ``bits`` () int32."""
 
@@ -131,13 +131,13 @@ class LogSqrt2Quantizer:
         return log_sqrt2_quantize(x, self.delta, self.bits)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TwinSoftmaxQuantizer:
     """:func:`twin_softmax_quantize` with ``split`` () float32 and ``bits`` () int32."""
 
     split: jax.Array
     bits: jax.Array
-    official_sum: bool = flax.struct.field(pytree_node=False, default=False)
+    official_sum: bool = struct.field(pytree_node=False, default=False)
 
     def __call__(self, x: jax.Array, batch_size: int) -> jax.Array:
         """Quantizes ``x``; the batch size plays no part."""
@@ -145,7 +145,7 @@ class TwinSoftmaxQuantizer:
         return twin_softmax_quantize(x, self.split, self.bits, self.official_sum)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TwinGeluQuantizer:
     """:func:`twin_gelu_quantize` with ``positive``, ``negative`` () float32 and ``bits`` () int32."""
 

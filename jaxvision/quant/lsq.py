@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import uniform
 from jaxvision.quant.ste import clip, grad_scale, ste_round

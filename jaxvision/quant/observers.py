@@ -9,11 +9,11 @@ conventions: unsigned codes ``0..2^b-1``, zero point clipped to the codes, scale
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 from jaxvision.quant import uniform
 
@@ -23,7 +23,7 @@ PERCENTILE = 0.99999
 OMSE_SHRINKS = 90
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class RangeState:
     """What was seen: ``lower``, ``upper`` (float32, () per tensor or [C] per channel), and ``batches`` () int32."""
 

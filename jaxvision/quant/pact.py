@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.quant import uniform
 from jaxvision.quant.ste import straight_through
 from jaxvision.quant.trainable import Trainable, check_positive, largest, magnitude, widened

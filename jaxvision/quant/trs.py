@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.typing import ArrayLike
 
+from jaxvision.core import struct
 from jaxvision.quant import uniform
 from jaxvision.quant.ste import clip, ste_round
 from jaxvision.quant.trainable import Trainable, by_bits, half, largest, magnitude, three_deviations

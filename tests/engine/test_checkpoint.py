@@ -8,12 +8,12 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError, StorageError
 from jaxvision.core.trees import named_leaves
 from jaxvision.engine import checkpoint, manifest
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
     second: object
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Holder:
     step: object
     params: object

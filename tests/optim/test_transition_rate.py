@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import struct
 
-from jaxvision.core import trees
+from jaxvision.core import struct, trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.optim import (
     TransitionRateState,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import flax.struct
 import numpy as np
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.igq_vit import sites as sites_lib
 from jaxvision.methods.igq_vit.sites import ApplyFn, Site
@@ -38,7 +38,7 @@ class Bits:
         return self.image if site.kind == "image" else self.activation
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class QuantizedNetwork:
     """Variables with rounded kernels, and the quantizer of each site by name. A pytree: goes through ``jit``."""
 

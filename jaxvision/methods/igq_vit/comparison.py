@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine.task import Batch, EvalData
 from jaxvision.methods.igq_vit import allocation, baselines, bops, quantizers, simulate

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import arms, supervised
 from jaxvision.engine.task import Batch, Metrics, State

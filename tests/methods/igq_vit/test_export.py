@@ -2,14 +2,13 @@
 
 import json
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxvision.core import trees
+from jaxvision.core import struct, trees
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.methods.igq_vit import export, groups, quantizers, simulate
 from jaxvision.methods.igq_vit import sites as sites_lib
@@ -106,12 +105,12 @@ def test_missing_surplus_and_foreign_arrays(model):
         export.from_flat(arrays, metadata | {"version": 9})
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Doubler:
     """A researcher's own quantizer."""
 
     factor: jax.Array
-    note: str = flax.struct.field(pytree_node=False, default="")
+    note: str = struct.field(pytree_node=False, default="")
 
     def __call__(self, x, batch_size):
         return x * self.factor

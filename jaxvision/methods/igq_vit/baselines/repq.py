@@ -10,12 +10,11 @@ Source: official code, ``classification/test_quant.py`` and ``quant/quantizer.py
 import re
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvision.core import trees
+from jaxvision.core import struct, trees
 from jaxvision.methods.igq_vit.calibration import (
     Bits,
     Calibration,
@@ -37,7 +36,7 @@ LAYERS = (
 PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Reparameterized:
     """Rewritten parameters of a LayerNorm and a linear layer, and scale and zero point of what passes between them."""
 
