@@ -4,8 +4,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+REST = 0.3
+"""Seconds. OpenMP's threads, PyTorch's among them, spin for up to 0.2 s after their work: what runs next would
+share its cores with them (a DeiT-S of XLA beside PyTorch on two cores took 1.3 times as long as alone)."""
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 5, rest: float = REST
+) -> dict[str, float]:
     """Median seconds of each candidate.
 
     Every candidate runs once to compile and warm up, then all run one after the other in each round, so that a slow
@@ -14,12 +20,14 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int = 5)
     Args:
       candidates: name -> function without arguments that returns when its work is done.
       rounds: how many rounds.
+      rest: seconds of sleep before each timed run; 0 where all candidates share one pool of threads.
     """
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            time.sleep(rest)
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)

@@ -89,7 +89,7 @@ def main() -> None:
     training.table(seconds, processor, made, PEERS)
 
     updates = {name: update_only(network, fitted["params"], name) for name in ("SGD", "SGDT")}
-    alone = timing.interleaved(updates, 20 * options.rounds)
+    alone = timing.interleaved(updates, 20 * options.rounds, rest=0)
     print(f"optimizer's update alone: SGD {1e3 * alone['SGD']:.2f} ms, SGDT {1e3 * alone['SGDT']:.2f} ms")
     whole = processor["W2A2 + TRS"] / processor["W2A2, SGD"] - 1
     training.verdict("overhead, two whole steps by processor", whole, OVERHEAD)
