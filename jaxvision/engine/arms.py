@@ -3,8 +3,10 @@
 An arm is a stage. Its members are the product of the seeds and a small grid (of learning rates, say) and share one
 compiled program: they are one axis of the state, as seeds alone are in ``engine/seeds.py``. All arms start from the
 same variables of their seed, kept in ``State.extra["start"]``: random, loaded, or those that an earlier arm trained
-for the others (``Arm.pretrains``). Only the last arm's state is there at the end; what the report needs of the others
-they leave in ``State.extra["kept"]`` (``Arm.keep``).
+for the others (``Arm.pretrains``). They also draw the same random numbers: step i of a seed has the same batch and
+the same key in every arm, so that arms differ in the method alone, and none depends on which others there are. Only
+the last arm's state is there at the end; what the report needs of the others they leave in ``State.extra["kept"]``
+(``Arm.keep``).
 
 Each evaluation logs a metric ``m`` as ``m_0``, ``m_1``, ... in the order of ``Arm.members``; :func:`table` makes
 mean and spread of them, with the setting chosen on one evaluation and judged on another.
@@ -32,6 +34,8 @@ SETTING = "setting"
 """``State.extra`` of a member's setting: name -> float32 ()."""
 SHORT = 1000
 """An arm of fewer steps is compiled quickly: most of the time of a small comparison goes into compiling."""
+STREAM = "arm"
+"""The stream of random numbers (``Stage.stream``) of all arms but those that pretrain."""
 KEPT = "kept"
 """``State.extra`` of what finished arms left: name of the arm -> a tree with leaves [members, ...]."""
 
@@ -177,6 +181,7 @@ def stage(
         compiled=how != "call",
         schedules=arm.schedules,
         quickly=arm.steps < SHORT,
+        stream=arm.name if arm.pretrains else STREAM,
     )
 
 

@@ -82,7 +82,7 @@ class _Run:
                 continue
             if step == first:
                 if stage.begin is not None:
-                    key = rng.key(self.options.seed, f"{stage.name}/begin", 0)
+                    key = stage.key(self.options.seed, "begin")
                     state = self.parallel.initialize(stage.begin, self.parallel.single(state), key)
                 sums = self.parallel.replicate(zero_sums(self.plan.metrics[index]))
             self.progress.stage(stage.name, step - first, stage.steps)
@@ -124,7 +124,7 @@ class _Run:
     def _fold_compiled(self, index: int, stage: Stage, state: Any, sums: Any, step: int) -> Any:
         """Folds one jitted program over the batches of a stage."""
         first = self.plan.offsets[index]
-        step_fn = training_step(stage, self.options.seed)
+        step_fn = training_step(stage, self.options.seed, first)
         compiled = self.parallel.compile(step_fn, donate=(0, 1), quickly=stage.quickly)
         batches = prefetch(
             lambda local: stage.data.batch_at(local, self.parallel.shard_index, self.parallel.shard_count),
@@ -151,7 +151,7 @@ class _Run:
         """Folds a Python function over the batches of a stage; each step logs its own row."""
         first = self.plan.offsets[index]
         for local in range(step - first, stage.steps):
-            key = rng.key(self.options.seed, f"{stage.name}/step", first + local)
+            key = stage.key(self.options.seed, "step", local)
             if stage.label:
                 self.progress.advance(local, stage.label(local))
             begin = time.monotonic()

@@ -60,7 +60,7 @@ def describe(task: Task, options: Options, parallel: Parallel) -> str:
             lines += [f"    batch {_shapes(stage.data.batch_at(0))}"]
         if stage.compiled and stage.steps:
             template = plan.payload(plan.offsets[index + 1], sharding)
-            step = jax.jit(training_step(stage, options.seed))
+            step = jax.jit(training_step(stage, options.seed, plan.offsets[index]))
             step.lower(template["state"], template["sums"], stage.data.batch_at(0))
             lines += [f"    metrics {', '.join(plan.metrics[index])}"]
         for name, evaluation in stage.evals.items():
@@ -85,11 +85,17 @@ def zero_sums(metrics: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": zeros, "bad_step": np.asarray(-1, np.int32)}
 
 
-def training_step(stage: Stage, seed: int) -> Callable[[State, Any, Any], tuple[State, Any]]:
-    """``(state, sums, batch) -> (state, sums)``: the method's step, its key, the step count and the sums."""
+def training_step(stage: Stage, seed: int, first: int) -> Callable[[State, Any, Any], tuple[State, Any]]:
+    """``(state, sums, batch) -> (state, sums)``: the method's step, its key, the step count and the sums.
+
+    Args:
+      stage: a compiled one.
+      seed: of the run.
+      first: the steps of the stages before; keys count from there.
+    """
 
     def step(state: State, sums: dict[str, Any], batch: Any):
-        key = rng.key(seed, f"{stage.name}/step", state.step)
+        key = stage.key(seed, "step", state.step - first)
         new, metrics = stage.step(state, batch, key)
         metrics = devices.sum_over_devices(metrics)
         finite = jnp.array(True)

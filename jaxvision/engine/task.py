@@ -2,8 +2,9 @@
 
 Everything is a fold. A stage folds ``step`` over the batches of ``data``; training is one, post-training
 calibration (a site or a table row a step) is one, a search (a population a step) is one. The step number is the
-only clock: the engine makes the key of a step from (seed, stage, step) and the batch from (seed, step), so
-state and step number are all that a resumed run needs.
+only clock: the engine makes the key of a step from (seed, stream, step) and the batch from (seed, step), so
+state and step number are all that a resumed run needs. Both count the steps of the stage, so that what a stage does
+is no function of how many steps others took before it.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxvision.core import struct
+from jaxvision.core import rng, struct
 from jaxvision.engine.report import Report, Results
 
 Batch = dict[str, np.ndarray]
@@ -81,7 +82,7 @@ class Stage:
     """One fold.
 
     Attributes:
-      name: unique in the task; names the stream of keys, the progress bar and the rows of metrics.jsonl.
+      name: unique in the task; names the progress bar and the rows of metrics.jsonl.
       steps: how many steps; 0 evaluates only.
       data: the training batches; ``batch_at`` gets the step within the stage.
       step: ``(state, batch, key) -> (state, metrics)``. Traceable when ``compiled``.
@@ -95,6 +96,9 @@ class Stage:
       label: ``step -> text`` for the progress bar of stages whose steps differ in kind.
       quickly: compile in half the time, for stages of so few steps that they don't repay more (on CPU; see
         ``parallel.compiler_options``).
+      stream: of random numbers: the key of ``begin`` is ``rng.key(seed, stream + "/begin")``, that of step i of the
+        stage (from 0) ``rng.key(seed, stream + "/step", i)``. Stages that are compared share one and so draw the same
+        numbers. [the stage's name]
     """
 
     name: str
@@ -107,6 +111,11 @@ class Stage:
     schedules: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
     label: Callable[[int], str] | None = None
     quickly: bool = False
+    stream: str = ""
+
+    def key(self, seed: int, what: str, step: int | jax.Array = 0) -> jax.Array:
+        """The key of "begin", or of "step" ``step`` of the stage; see ``stream``."""
+        return rng.key(seed, f"{self.stream or self.name}/{what}", step)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from jaxvision.engine import arms, seeds
+from jaxvision.engine.options import Options
 from jaxvision.engine.report import Results
-from jaxvision.engine.task import State
+from jaxvision.engine.task import State, Task
 from jaxvision.metrics import Mean
+from tests.engine import tiny
 
 SEEDS = (3, 8)
 
@@ -19,7 +21,7 @@ SEEDS = (3, 8)
 class Rows:
     """Batches of the value of a seed."""
 
-    batch_size = 4
+    batch_size, num_batches = 4, 1
 
     def __init__(self, value):
         self.value = value
@@ -83,6 +85,25 @@ def test_the_next_arm_starts_where_the_first_did():
     metrics = stage.evals["test"].update(again, {})
     assert list(metrics) == ["w_0", "w_1", "w_2", "w_3"]
     np.testing.assert_allclose(metrics["w_1"].compute(), again.params["w"][1, 0])
+
+
+@pytest.mark.parametrize("how", ("map", "call"))
+def test_an_arms_numbers_are_its_own_wherever_it_stands(how, tmp_path):
+    """Alone, behind a longer arm, or as two arms under two names: the same draws, so the same rows."""
+
+    def rows(name, *ways):
+        data = [Rows(0.0), Rows(10.0)]
+        stages = arms.stages(ways, SEEDS, data, {"test": Rows(0.0)}, every=2, how=how)
+        options = Options(log_every=1, save_every=100, tensorboard=False)
+        results = tiny.run(tmp_path / name, Task("arms", start, stages, report=None), options)
+        found = {way.name: [row for row in results.rows if row["stage"] == way.name] for way in ways}
+        return {name: [{**row, "step": 0, "stage": ""} for row in each] for name, each in found.items()}
+
+    longer = dataclasses.replace(ARM, name="longer", steps=5, grid={"lr": (0.5,)})
+    alone = rows("alone", ARM)["plain"]
+    assert len(alone) == 3 and alone[0]["size"] != alone[1]["size"]
+    others = rows("others", longer, dataclasses.replace(ARM, name="twin"), ARM)
+    assert others["plain"] == others["twin"] == alone
 
 
 def test_pretrained_values_go_into_every_seeds_start():
