@@ -76,6 +76,24 @@ class Config:
             raise ConfigError(f"{self.where(key)}={value!r} must be a number {'of at least' if zero else 'above'} 0")
         return value
 
+    def numbers(self, key: str, *, whole: bool = False) -> tuple[Any, ...]:
+        """The field's values, a sequence of numbers (``whole``: whole numbers), which may be empty."""
+        values = getattr(self, key)
+        kinds = int if whole else int | float
+        if not isinstance(values, tuple | list) or any(type(v) is bool or not isinstance(v, kinds) for v in values):
+            example = "(0, 1)" if whole else "(0.1, 0.01)"
+            raise ConfigError(
+                f"{self.where(key)}={values!r} must be {'whole ' if whole else ''}numbers, such as {example}"
+            )
+        return tuple(values)
+
+    def words(self, key: str) -> tuple[str, ...]:
+        """The field's values, a sequence of strings, which may be empty."""
+        values = getattr(self, key)
+        if not isinstance(values, tuple | list) or not all(isinstance(value, str) for value in values):
+            raise ConfigError(f"{self.where(key)}={values!r} must be strings, such as ('a', 'b')")
+        return tuple(values)
+
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""

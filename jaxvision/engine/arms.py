@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import seeds as seed_axis
 from jaxvision.engine.report import Results
@@ -89,11 +90,12 @@ class Arm:
         return tuple(Member(index, setting) for setting in settings for index in range(len(seeds)))
 
 
-def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """The seeds of ``config.seeds``; ConfigError unless there is one, and each is there once."""
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"config.seeds={tuple(seeds)} must be at least one seed, each once")
-    return tuple(seeds)
+def check_seeds(config: Config) -> tuple[int, ...]:
+    """The field ``seeds``; ConfigError unless they are whole numbers of at least 0, one or more, each once."""
+    seeds = config.numbers("seeds", whole=True)
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"{config.where('seeds')}={seeds} must be at least one seed, each once, none below 0")
+    return seeds
 
 
 def stages(

@@ -41,7 +41,7 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
     Raises:
       ConfigError, DataError: anything in it that can't work.
     """
-    seeds = arms.check_seeds(config.seeds)
+    seeds = arms.check_seeds(config)
     chosen = _recipes(config)
     index = any(recipe.spec.needs == "history" for recipe in chosen)
     data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name), index=index)

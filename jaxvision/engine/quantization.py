@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jaxvision.core import name_rules
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recipe, Rule, kernel_names
@@ -19,8 +20,8 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
 
     Fields: family (a name of ``quant.families``), weight_bits, input_bits, gradient_bits (32: float), gradient (kind
     of the gradient quantizer), execution ("fake" or "int"), output_scale (None: as the family needs it), float_layers
-    (regexes of the kernels left in float), bit_rules ((regex, (weight, input, gradient)), ...: other widths; the first
-    that is found in a kernel's name counts), signed_inputs (regexes of kernels whose input can be negative).
+    (regexes of the kernels left in float), bit_rules (see :func:`bit_rules`), signed_inputs (regexes of kernels whose
+    input can be negative). A layer that a bit rule gives a float operand computes in float under "int" as well.
 
     Args:
       config: the block.
@@ -28,8 +29,8 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
       image: an example or its shape, [1, H, W, C].
 
     Raises:
-      ConfigError: a value that can't work, a regex that finds no kernel, a layer without the normalisation that its
-        quantizer needs.
+      ConfigError: a value that can't work, a regex that decides about no kernel, a layer without the normalisation
+        that its quantizer needs.
     """
     name = config.family
     if name not in FAMILIES:
@@ -42,29 +43,50 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
         "needs_norm": family.needs_norm,
     }
     everywhere = (config.weight_bits, config.input_bits, config.gradient_bits)
-    floats, signed, bit_rules = tuple(config.float_layers), tuple(config.signed_inputs), tuple(config.bit_rules)
+    floats, signed, rules = config.words("float_layers"), config.words("signed_inputs"), bit_rules(config)
     can_be_signed = "signed" in {field.name for field in dataclasses.fields(family.activation)}
     if signed and not can_be_signed and not family.any_sign:
         raise ConfigError(f"{config.where('signed_inputs')}={signed}, but inputs of family {name!r} are unsigned only")
 
     names = kernel_names(module, image)
-    _check_used(config.where("float_layers"), floats, names)
-    left = [kernel for kernel in names if not _found(floats, kernel)]
-    _check_used(config.where("signed_inputs"), signed, left)
-    _check_used(config.where("bit_rules"), [pattern for pattern, _ in bit_rules], left)
-    rules = []
+    name_rules.check(config.where("float_layers"), floats, names, ordered=False)
+    left = [kernel for kernel in names if name_rules.first(floats, kernel) is None]
+    name_rules.check(config.where("signed_inputs"), signed, left, ordered=False)
+    name_rules.check(config.where("bit_rules"), [pattern for pattern, _ in rules], left)
+    layers = []
     for kernel in left:
-        bits = next((bits for pattern, bits in bit_rules if re.search(pattern, kernel)), everywhere)
-        layer = _layer(family, bits, can_be_signed and _found(signed, kernel), options, config.where("bit_rules"))
-        rules.append(Rule(f"^{re.escape(kernel)}$", layer))
-    network = QuantizedNetwork(module, tuple(rules))
+        rule = name_rules.first([pattern for pattern, _ in rules], kernel)
+        bits, own = (everywhere, options) if rule is None else (rules[rule][1], dict(options))
+        if rule is not None and FLOAT_BITS in bits[:2]:
+            own["execution"] = "fake"
+        is_signed = can_be_signed and name_rules.first(signed, kernel) is not None
+        layers.append(Rule(f"^{re.escape(kernel)}$", _layer(family, bits, is_signed, own)))
+    network = QuantizedNetwork(module, tuple(layers))
     network.check(image)
     return network
 
 
-def _layer(family: Family, bits: Sequence[int], signed: bool, options: dict[str, Any], where: str) -> LayerQuant:
-    if len(bits) != 3:
-        raise ConfigError(f"{where}: {bits!r} must be the three widths (weight, input, gradient)")
+def bit_rules(config: Config) -> tuple[tuple[str, tuple[Any, Any, Any]], ...]:
+    """The field ``bit_rules``: (regex, (weight, input, gradient)) pairs with other widths than the common ones.
+
+    The first that is found in a kernel's name counts.
+
+    Raises:
+      ConfigError: it is anything but pairs of a string and three widths; the widths themselves aren't looked at.
+    """
+    values = config.bit_rules
+    for rule in values if isinstance(values, tuple | list) else (values,):
+        match rule:
+            case [str(), [_, _, _]]:
+                continue
+        raise ConfigError(
+            f"{config.where('bit_rules')} has {rule!r}, which must be a regular expression and the three widths of "
+            "weight, input and gradient; one rule is (('layer3',(8,8,32)),), with a comma at the end"
+        )
+    return tuple((pattern, tuple(widths)) for pattern, widths in values)
+
+
+def _layer(family: Family, bits: Sequence[Any], signed: bool, options: dict[str, Any]) -> LayerQuant:
     settings = {**family.activation_settings, **({"signed": True} if signed else {})}
     return LayerQuant(
         Recipe(family.weight, dict(family.weight_settings)),
@@ -72,20 +94,3 @@ def _layer(family: Family, bits: Sequence[int], signed: bool, options: dict[str,
         Bits(*(None if width == FLOAT_BITS else width for width in bits)),
         **options,
     )
-
-
-def _found(patterns: Sequence[str], name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _check_used(where: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        try:
-            used = any(re.search(pattern, name) for name in names)
-        except re.error as error:
-            raise ConfigError(f"{where} has {pattern!r}, which is not a regular expression: {error}") from error
-        if not used:
-            raise ConfigError(
-                f"{where} has {pattern!r}, which matches no layer that it could concern; "
-                f"kernels are called {', '.join(names[:3])}, ..."
-            )

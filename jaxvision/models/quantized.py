@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxvision.core import trees
+from jaxvision.core import name_rules, trees
 from jaxvision.core.errors import ConfigError
 from jaxvision.models.quantized_layer import (
     BITS,
@@ -119,15 +119,11 @@ class QuantizedNetwork:
         """The quantized layers by kernel name, found by tracing alone.
 
         Raises:
-          ConfigError: a rule that finds no kernel, or a layer that needs a normalisation after it and has none.
+          ConfigError: a rule that decides about no kernel, or a layer that needs a normalisation after it and has none.
         """
         seen = _trace(self.module, Interceptor(self.find, checks=True), image)
         seen.finish()
-        for rule in self.rules:
-            if not any(re.search(rule.pattern, name) for name in seen.names):
-                raise ConfigError(
-                    f"the rule {rule.pattern!r} matches no layer; kernels are called {', '.join(seen.names[:3])}, ..."
-                )
+        name_rules.check("the network's rules", [rule.pattern for rule in self.rules], seen.names)
         return {name: layer for name in seen.names if (layer := self.find(name)) is not None}
 
     def quantizers(self, params: Any, role: str = "kernel", bits: Any = None) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxvision.core import struct, trees
+from jaxvision.core import name_rules, struct, trees
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.quant import uniform
 
@@ -178,18 +178,18 @@ def quantize_params(params: Any, policy: WeightPolicy) -> tuple[Any, dict[str, Q
       ``params`` with each chosen kernel replaced by w_hat (same shape and type), and the integer forms by name.
 
     Raises:
-      ConfigError: the pattern or a bit rule matches no parameter.
+      ConfigError: the pattern matches no parameter, or a bit rule decides about none.
     """
     names = [name for name in trees.named_leaves(params) if re.search(policy.pattern, name)]
     if not names:
         raise ConfigError(f"weights.pattern={policy.pattern!r} matches none of the network's parameters")
-    for pattern, _ in policy.bit_rules:
-        if not any(re.search(pattern, name) for name in names):
-            raise ConfigError(f"weights.bit_rules: {pattern!r} matches none of the quantized kernels; remove it")
+    patterns = [pattern for pattern, _ in policy.bit_rules]
+    name_rules.check("weights.bit_rules", patterns, names)
     codes = {}
     for name, leaf in trees.named_leaves(params).items():
         if name in names:
-            bits = next((bits for pattern, bits in policy.bit_rules if re.search(pattern, name)), policy.bits)
+            rule = name_rules.first(patterns, name)
+            bits = policy.bits if rule is None else policy.bit_rules[rule][1]
             codes[name] = quantize_tensor(leaf, replace(policy, bits=bits))
     return with_kernels(params, codes), codes
 

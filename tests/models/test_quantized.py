@@ -139,9 +139,9 @@ def test_every_family_initializes_calibrates_and_runs(family, images):
 
 def test_the_first_rule_that_matches_counts(images):
     wide, narrow = layer(bits=Bits(8, 8)), layer(bits=Bits(2, 2))
-    rules = (Rule("layer2", wide), Rule("conv2/kernel$", None), Rule("layer", narrow), Rule("layer3", wide))
+    rules = (Rule("layer2", wide), Rule("conv2/kernel$", None), Rule("layer", narrow))
     module = resnet().module
-    found = QuantizedNetwork(module, rules[:3]).check(images)
+    found = QuantizedNetwork(module, rules).check(images)
     assert found == {
         "layer1_0/conv1/kernel": narrow,
         "layer2_0/conv1/kernel": wide,
@@ -149,11 +149,16 @@ def test_the_first_rule_that_matches_counts(images):
         "layer3_0/conv1/kernel": narrow,
     }
     assert list(found) == [name for name in kernel_names(module, images) if name in found]
-    assert QuantizedNetwork(module, rules).check(images) == found
+    shadowed = QuantizedNetwork(module, (*rules, Rule("layer3", wide)))
+    message = r"has 'layer3', which decides nothing: 'layer' and 'conv2/kernel\$' before it takes all its layers"
+    with pytest.raises(ConfigError, match=message):
+        shadowed.check(images)
 
 
 def test_a_rule_that_matches_nothing_is_an_error(images):
-    with pytest.raises(ConfigError, match=r"the rule 'layer9' matches no layer; kernels are called conv1/kernel, lay"):
+    with pytest.raises(
+        ConfigError, match=r"'layer9', which matches no layer .*; kernels are called conv1/kernel"
+    ):
         resnet(rules=(Rule("layer9", None),)).check(images)
 
 

@@ -141,6 +141,9 @@ def test_bit_rules_and_unused_rules():
     assert codes["head/kernel"].codes.max() == 255
     with pytest.raises(ConfigError, match="downsample"):
         weights.quantize_params(tree(), WeightPolicy(4, bit_rules=(("downsample", 8),)))
+    rules = (("head", 8), ("^head/kernel", 6))
+    with pytest.raises(ConfigError, match="'head' before it takes all"):
+        weights.quantize_params(tree(), WeightPolicy(4, bit_rules=rules))
     with pytest.raises(ConfigError, match="matches none"):
         weights.quantize_params(tree(), WeightPolicy(4, pattern="conv"))
 

@@ -1,6 +1,5 @@
 """The quantized network of each arm, and what can be known of it before anything runs."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvision.core import trees
+from jaxvision.core import name_rules, trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import quantization, recipes
@@ -44,17 +43,18 @@ def build(
     Raises:
       ConfigError: a value that can't work, a rule that finds no layer.
     """
-    values = block.to_dict()
+    values, rules = block.to_dict(), quantization.bit_rules(block)
+    floats = block.words("float_layers")
     for name in ("gradient", "gradient_bits"):
         if name in values:
             raise ConfigError(f"{block.where(name)} is set by config.arms and config.gradient_bits; leave it out")
     kernels = kernel_names(model.module, model.image)
     first, last = (f"^{kernel}$" for kernel in (kernels[0], kernels[-1]))
     if first_last == "fp":
-        values["float_layers"] = (*values["float_layers"], first, last)
+        values["float_layers"] = (*floats, first, last)
     else:
         ends = ((first, (8, quantization.FLOAT_BITS, 8)), (last, (8, 8, 8)))
-        values["bit_rules"] = (*values["bit_rules"], *ends)
+        values["bit_rules"] = (*ends, *rules)
     return {name: _network(name, chosen, values, bits, model, kernels) for name, chosen in controls.items()}
 
 
@@ -73,7 +73,7 @@ def _network(
     )
     layers = {kernel: layer for kernel in kernels if (layer := network.find(kernel)) is not None}
     own = [pattern for pattern, _ in values["bit_rules"]]
-    common = (kernel for kernel in layers if not any(re.search(pattern, kernel) for pattern in own))
+    common = (kernel for kernel in layers if name_rules.first(own, kernel) is None)
     follows = frozenset(kernel for kernel in common if layers[kernel].bits.gradient is not None)
     return Built(network, layers, follows)
 

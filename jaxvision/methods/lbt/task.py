@@ -128,12 +128,13 @@ def make(config: Config) -> Task:
 
 def _choices(config: Config, steps_per_epoch: int) -> Choices:
     """The fields seeds, arms, gradient_bits, lr_grid, first_last, interval, fixed_gammas, search, how."""
-    seeds, names, bits = tuple(config.seeds), tuple(config.arms), tuple(config.gradient_bits)
-    gammas, rates = tuple(config.fixed_gammas), tuple(config.lr_grid) or (config.optimizer.lr,)
+    seeds, names, bits = arms.check_seeds(config), config.words("arms"), config.numbers("gradient_bits")
+    gammas, rates = config.numbers("fixed_gammas"), config.numbers("lr_grid") or (config.optimizer.lr,)
     block, search = config.interval, config.search
-    alphas = tuple(block.alphas)
-    for name, values in (("seeds", seeds), ("arms", names), ("gradient_bits", bits), ("fixed_gammas", gammas),
-                          ("interval.alphas", alphas), ("lr_grid", rates)):  # fmt: skip
+    alphas, factors = block.numbers("alphas"), search.numbers("rate_factors")
+    for name, values in (("arms", names), ("gradient_bits", bits), ("fixed_gammas", gammas),
+                          ("interval.alphas", alphas), ("lr_grid", rates),
+                          ("search.rate_factors", factors)):  # fmt: skip
         if not values or len(set(values)) != len(values):
             raise ConfigError(f"{config.where(name)}={values} must be at least one value, each once")
     for name in names:
@@ -151,7 +152,7 @@ def _choices(config: Config, steps_per_epoch: int) -> Choices:
     searched, points = search.positive("every"), search.positive("points")
     controls = {
         "fixed": control.fixed(gammas),
-        "dsgc": control.dsgc(searched, points, tuple(search.rate_factors)),
+        "dsgc": control.dsgc(searched, points, factors),
         "whole_error": control.whole_error(searched, points),
         "piecewise": control.piecewise(),
         "lbt": control.lbt(alphas, block.beta, block.start, freeze),

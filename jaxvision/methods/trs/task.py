@@ -37,7 +37,7 @@ def make(config: Config) -> Task:
     Raises:
       ConfigError, DataError: anything in it that can't work.
     """
-    seeds = arms.check_seeds(config.seeds)
+    seeds = arms.check_seeds(config)
     data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name))
     model, quantized = weights.load_model(config.model, data)
     per_epoch = data.train.steps_per_epoch
@@ -218,7 +218,7 @@ def _recipe(config: Config, steps: int, per_epoch: int) -> optimizers.Recipe:
 
 def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> dict[str, tuple[float, ...]]:
     """The learning rates of each optimizer."""
-    rates = {name: tuple(float(rate) for rate in getattr(config.grid, name)) for name in variants.OPTIMIZERS}
+    rates = {name: config.grid.numbers(name) for name in variants.OPTIMIZERS}
     for name in dict.fromkeys(trainer.variant.optimizer for trainer in trainers):
         found, where = rates[name], config.grid.where(name)
         if not found or min(found) <= 0 or len(set(found)) != len(found):

@@ -34,7 +34,14 @@ def changed(preset="smoke", **changes):
     [
         ({"arms": ("lbtt",)}, "config.arms='lbtt' is unknown; did you mean 'lbt'"),
         ({"arms": ()}, r"config.arms=\(\) must be at least one value"),
-        ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\) must be at least one value, each once"),
+        ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\) must be at least one seed, each once"),
+        ({"seeds": (0.5,)}, r"config.seeds=\(0.5,\) must be whole numbers"),
+        ({"lr_grid": ("a",)}, r"config.lr_grid=\('a',\) must be numbers, such as \(0.1, 0.01\)"),
+        ({"fixed_gammas": ("a",)}, r"config.fixed_gammas=\('a',\) must be numbers"),
+        ({"interval__alphas": ("a",)}, r"config.interval.alphas=\('a',\) must be numbers"),
+        ({"search__rate_factors": ()}, r"config.search.rate_factors=\(\) must be at least one value"),
+        ({"quantization__bit_rules": (("conv2", 8),)}, r"config.quantization.bit_rules has \('conv2', 8\), which must"),
+        ({"quantization__bit_rules": ("conv2", (8, 8, 8))}, "config.quantization.bit_rules has 'conv2', which must"),
         ({"gradient_bits": (4, 1)}, "config.gradient_bits has 1, but widths are whole numbers from 2 to 8"),
         ({"gradient_bits": (9,)}, "config.gradient_bits has 9"),
         ({"gradient_bits": (2,), "arms": ("piecewise",)}, "has 'piecewise', which needs 3 gradient bits"),
@@ -133,6 +140,18 @@ def test_first_and_last_layer_in_8_bits_keep_their_own_widths():
     widths = {name: (b.weight, b.input, b.gradient) for name, b in ((n, x.bits) for n, x in found.layers.items())}
     assert widths["conv1/kernel"] == (8, None, 8) and widths["fc/kernel"] == (8, 8, 8)
     assert found.follows == {"conv3/kernel"}
+
+
+def test_the_first_layer_in_8_bits_stays_in_float_arithmetic_under_integer_execution():
+    """Its input is float, so it has no integer product."""
+    found = built(("lbt",), first_last="8bit", quantization__execution="int")["lbt"].layers
+    executions = {name: layer.execution for name, layer in found.items()}
+    assert executions == {"conv1/kernel": "fake", "conv2/kernel": "int", "conv3/kernel": "int", "fc/kernel": "int"}
+
+
+def test_a_rule_for_a_layer_that_first_last_decides_about_is_an_error():
+    with pytest.raises(ConfigError, match=r"has 'conv1', which decides nothing: '\^conv1/kernel\$' before it"):
+        built(("lbt",), first_last="8bit", quantization__bit_rules=(("conv1", (4, 4, 4)),))
 
 
 # --- presets at full size --------------------------------------------------------------------------------------------

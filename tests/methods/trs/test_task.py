@@ -102,6 +102,7 @@ def test_targets_scale_with_the_bits_of_each_layer():
     ("changes", "message"),
     [
         ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\) must be at least one seed, each once"),
+        ({"grid__sgd": ("a",)}, r"config.grid.sgd=\('a',\) must be numbers"),
         ({"arms": ()}, r"config.arms=\(\) must be at least one arm"),
         ({"arms": ("float",)}, "must be at least one arm, each once"),
         ({"arms": ("sgdd",), "export": ""}, "did you mean 'sgd'"),
