@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -215,6 +216,11 @@ def test_ties_go_to_the_lower_class():
         (np.zeros(3), np.zeros(3, int), r"must be \(rows, classes\)"),
         (np.zeros((3, 4)), np.zeros(3), "must be integers"),
         (np.zeros((3, 4), int), np.zeros(3, int), "are these predicted classes"),
+        (np.zeros((3, 4), "V2"), np.zeros(3, int), "raw bytes .2 a number.: npz and npy files lose .*bfloat16"),
+        (np.zeros((3, 4), complex), np.zeros(3, int), "are complex128, but must be real floating point"),
+        (np.zeros((3, 4), [("z", "f4")]), np.zeros(3, int), "must be real floating point"),
+        (np.zeros((3, 4), ml_dtypes.int4), np.zeros(3, int), "are int4, but must be real"),
+        (np.zeros((3, 4)), np.zeros(3, "m8[s]"), "must be integers"),
     ],
 )
 def test_bad_rows_are_one_sentence(logits, labels, message):

@@ -137,8 +137,11 @@ def test_a_separate_validation_file_and_the_papers_grid(tmp_path, capsys, monkey
     assert command(capsys, *arguments, "--all_classes")[0] == 0
     fitted = fit_temperature(Rows.of(*example(seed=1)), method="grid_ece")
     assert list(numbers(tmp_path / "out"))[1] == f"T = {fitted.value:.3f}"
-    same = (tmp_path / "test.npz", "--validation", tmp_path / "test.npz", *keys)
-    assert "are the rows that would be reported on" in refused(capsys, *same)
+    logits, labels = example()
+    rows = np.random.default_rng(0).permutation(400)[:300]
+    np.savez(tmp_path / "val.npz", z=logits[rows], y=labels[rows])
+    message = refused(capsys, *arguments)
+    assert "100% of the rows of z of" in message and "are among the rows that would be reported on" in message
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,7 @@ def test_a_separate_validation_file_and_the_papers_grid(tmp_path, capsys, monkey
         ({"logits": np.zeros((9, 1)), "labels": np.zeros(9, int)}, (), "at least 2"),
         ({"logits": np.zeros((9, 3), int), "labels": np.zeros(9, int)}, (), "are these predicted classes?"),
         ({"logits": np.zeros((9, 3), object), "labels": np.zeros(9, int)}, (), "Python objects"),
+        ({"logits": np.zeros((9, 3), ml_dtypes.bfloat16), "labels": np.zeros(9, int)}, (), "lose the type of bfloat16"),
         ({"logits": np.zeros((9, 3), order="F"), "labels": np.zeros(9, int)}, (), "np.ascontiguousarray"),
         ({"logits": np.float32(3), "labels": np.zeros(9, int)}, (), "a single number"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--temperature", "exact"), "scaling needs a validation split"),
