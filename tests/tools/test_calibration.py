@@ -1,6 +1,7 @@
 """The calibration command: formats, validation splits, what it writes, and one sentence for every mistake."""
 
 import json
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxvision.benchmarks import calibration_metrics
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scaling import fit_temperature
 from jaxvision.metrics.calibration_scan import measure
-from jaxvision.tools import calibration
+from jaxvision.tools import calibration, calibration_sets
 from tests.core import test_torch_file as torch_file
 
 
@@ -221,3 +223,22 @@ def test_pytorch_files(tmp_path, capsys):
     assert command(capsys, path, "--to", tmp_path / "out")[0] == 0
     found = numbers(tmp_path / "out")["as given"]["metrics"]["ece"]["value"]
     np.testing.assert_allclose(found, measure(Rows.of(logits, labels)).values["ece"], rtol=1e-6)
+
+
+def test_memory_is_that_of_a_few_blocks(tmp_path, monkeypatch):
+    """Three times the rows take 150 bytes more for each at most, not the 800 that a row of the file has."""
+    monkeypatch.setattr("jaxvision.metrics.calibration_rows.BLOCK", 1 << 16)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    peaks = []
+    for rows in (10_000, 30_000):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        logits, labels = calibration_metrics.write_example(folder, rows, 200)
+        tracemalloc.start()
+        options = calibration._parser().parse_args([str(logits), "--labels", str(labels), "--hold_out", "0.05"])
+        sets = calibration_sets.open_sets(options, lambda line: None)
+        assert measure(sets["test"].rows).top.total == 0.95 * rows
+        assert fit_temperature(sets["validation"].logits, sets["test"].logits).rows == 0.05 * rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 150 * 20_000, peaks
