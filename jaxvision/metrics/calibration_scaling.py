@@ -7,8 +7,6 @@ one is in the other. Temperature scaling changes no prediction.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxvision.core.errors import ConfigError, DataError
@@ -176,37 +174,6 @@ def grid_scores(rows: Rows, num_bins: int = NUM_BINS) -> tuple[np.ndarray, np.nd
         sums, nll, count = sums + part_sums, nll + part_nll, count + part_count
     bins = Bins(sums[:, 0], sums[:, 1], sums[:, 2], np.full(len(temperatures), float(count)))
     return calibration.ece(bins), nll / max(count, 1)
-
-
-# --- on the device ---------------------------------------------------------------------------------------------------
-
-
-def temperature_by_nll(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The exact temperature as a traceable function, float32 (): to be ``vmap``-ed over seeds inside a program.
-
-    Bisection of the sign of the NLL's slope on log(1/T), 40 halvings of [0.02, 100].
-
-    Args:
-      logits: float [N, K], of a validation split.
-      labels: int [N].
-      mask: [N], 1 for what counts.
-    """
-    where = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask) > 0
-    z = jnp.where(where[:, None], logits, 0).astype(jnp.float32)
-    z = z - jnp.max(z, -1, keepdims=True)
-    own = jnp.take_along_axis(z, jnp.where(where, labels, 0)[:, None], -1)[:, 0]
-
-    def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bracket
-        middle = (low + high) / 2
-        slope = jnp.sum(jnp.where(where, jnp.sum(jax.nn.softmax(jnp.exp(middle) * z, -1) * z, -1) - own, 0))
-        return jnp.where(slope < 0, middle, low), jnp.where(slope < 0, high, middle)
-
-    ends = jnp.log(jnp.float32(1 / HIGHEST)), jnp.log(jnp.float32(1 / LOWEST))
-    low, high = jax.lax.fori_loop(0, 40, halve, ends)
-    # Where all logits are equal every temperature is as good: none is the answer.
-    flat = jnp.all(jnp.where(where[:, None], z == 0, True))
-    return jnp.where(flat, 1.0, jnp.exp(-(low + high) / 2))
 
 
 # --- a factor and an offset a class ----------------------------------------------------------------------------------

@@ -2,20 +2,13 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.metrics.calibration_overlap import refuse_overlap
 from jaxvision.metrics.calibration_rows import Rows
-from jaxvision.metrics.calibration_scaling import (
-    fit_temperature,
-    fit_vector,
-    grid,
-    grid_scores,
-    temperature_by_nll,
-)
+from jaxvision.metrics.calibration_scaling import fit_temperature, fit_vector, grid, grid_scores
 from jaxvision.metrics.calibration_scan import Scaling, measure
 from tests.arrays import load
 
@@ -47,18 +40,6 @@ def test_the_papers_grid(case):
     np.testing.assert_allclose(nlls, case["grid_nll"], rtol=1e-5)
     assert fit_temperature(rows, method="grid_ece").value == case["official_T_by_ece"]
     assert fit_temperature(rows, method="grid_nll").value == case["official_T_by_nll"]
-
-
-def test_on_the_device_for_several_seeds_at_once():
-    cases = [load(ORACLES / f"temperature_{k}.npz") for k in (0, 1)]
-    logits, labels = (np.stack([case[name] for case in cases]) for name in ("logits", "labels"))
-    padded = np.concatenate([logits, np.full((2, 24, 10), np.nan, np.float32)], 1)
-    mask = np.arange(1024) < 1000
-    fitted = jax.jit(jax.vmap(temperature_by_nll, in_axes=(0, 0, None)))(
-        padded, np.pad(labels, ((0, 0), (0, 24))), mask
-    )
-    np.testing.assert_allclose(fitted, [case["exact_T_by_nll_f64"] for case in cases], rtol=2e-5)
-    assert temperature_by_nll(np.zeros((4, 3)), np.arange(4) % 3) == 1
 
 
 @pytest.mark.parametrize(("sign", "bound"), [(1, 0.02), (-1, 100.0)])

@@ -106,6 +106,13 @@ def test_two_npy_files_dense_and_ignored(tmp_path, capsys):
     assert "label 255 of row 0" in refused(capsys, *arguments)
     assert command(capsys, *arguments, "--ignore", 255)[0] == 0
     assert numbers(tmp_path / "out")["as given"]["rows"] == 300
+    assert command(capsys, *arguments, "--ignore", 255, "--batch_averages", 3)[0] == 0
+    found = numbers(tmp_path / "out")["as given"]["batch_averages"]
+    parts = (slice(0, 300), slice(300, 400))
+    kept = [[rows[part][np.arange(400)[part] % 4 > 0] for rows in (logits, labels)] for part in parts]
+    expected = np.average([measure(Rows.of(*pair)).values["ece"] for pair in kept], weights=[225, 75])
+    assert found["ece"] == pytest.approx(expected)
+    assert f"| ECE (%) | {100 * expected:.2f} |" in (tmp_path / "out" / "report.md").read_text()
     assert "give the labels with --labels FILE" in refused(capsys, tmp_path / "z.npy")
 
 
@@ -168,6 +175,12 @@ def test_a_separate_validation_file_and_the_papers_grid(tmp_path, capsys, monkey
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--hold_out", 1.5), "must lie between 0 and 1"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--hold_out", 0.5, "--validation", "x"), "exclude each other"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--bins", 0), "must be at least 1"),
+        ({"logits": np.eye(9), "labels": np.arange(9)}, ("--batch_averages", 0), "must be at least 1"),
+        (
+            {"logits": np.eye(9), "labels": np.arange(9)},
+            ("--batch_averages", 8, "--hold_out", 0.5),
+            "--batch_averages and --hold_out exclude each other",
+        ),
         (
             {"logits": np.eye(9), "labels": np.arange(9)},
             ("--temperature", "t"),
