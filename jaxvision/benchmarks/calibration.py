@@ -1,11 +1,15 @@
-"""Calibration losses: loss and gradient beside PyTorch eager, and what ACLS adds to a training step.
+"""Calibration: losses beside PyTorch eager, what ACLS adds to a training step, metrics, a file of a million rows.
 
-    python -m jaxvision.benchmarks.calibration [--parts losses,step] [--rounds 5] [--dense 8,512,512,21] [--batch 128]
+    python -m jaxvision.benchmarks.calibration [--parts losses,step,metrics] [--rounds 5] [--dense 8,512,512,21]
+        [--batch 128] [--rows 50000] [--classes 1000]
+    python -m jaxvision.benchmarks.calibration --parts stored [--stored_rows 1000000] [--folder DIR]
 
-"losses": ACLS, MbLS and M-NDCG (three views) at (128, 100) and (256, 1000), ACLS and MbLS on dense logits, which
-M-NDCG doesn't take. Everything on one machine in one run, interleaved; PyTorch where it is installed (the extra
-``bench``). "step": a training step of ResNet-50 with the CIFAR stem with cross-entropy and with ACLS, and what the
-losses alone cost at that size; in processor time, because the difference of two steps drowns in a busy clock.
+"losses": loss and gradient of ACLS, MbLS and M-NDCG (three views) at (128, 100) and (256, 1000), of ACLS and MbLS on
+dense logits, which M-NDCG doesn't take. Everything on one machine in one run, interleaved; PyTorch where it is
+installed (the extra ``bench``). "step": a training step of ResNet-50 with the CIFAR stem with cross-entropy and with
+ACLS, and what the losses alone cost at that size; in processor time, because the difference of two steps drowns in a
+busy clock. "metrics", "stored": see ``calibration_metrics``; "stored" needs 4 GB of disk, so it runs only when named.
+Numbers with a limit are printed beside it.
 """
 
 import argparse
@@ -22,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxvision.benchmarks import timing, torch_calibration
+from jaxvision.benchmarks import calibration_metrics, timing, torch_calibration, training
 from jaxvision.engine import supervised
 from jaxvision.losses.calibration import cross_entropy
 from jaxvision.losses.penalties import mbls
@@ -33,6 +37,11 @@ from jaxvision.optim import optimizers
 
 VIEWS = 3
 SIZES = ((128, 100), (256, 1000))
+PARTS = ("losses", "step", "metrics", "stored")
+FASTER, DENSE_FASTER = 1.0, 2.0
+"""How many times as fast as PyTorch a loss must be, and a dense one."""
+STEP = 2.0
+"""Per cent that ACLS may add to a training step."""
 
 
 def example(rows: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +114,9 @@ def losses(dense: tuple[int, ...], rounds: int) -> None:
                 if peer is None
                 else f"{line}   PyTorch {1e3 * peer:10.3f} ms   {peer / seconds[name]:6.2f} x as fast"
             )
+            if peer is not None:
+                limit = FASTER if ranking else DENSE_FASTER
+                training.verdict(f"{name}, {title}, PyTorch / jaxvision", peer / seconds[name], limit, at_least=True)
 
 
 def step(model: str, batch: int, rounds: int) -> None:
@@ -136,6 +148,7 @@ def step(model: str, batch: int, rounds: int) -> None:
     print(f"  cross-entropy {seconds['ce']:.3f}, ACLS {seconds['acls']:.3f}: {more['time']:+.2f} %")
     print(f"  memory that the compiled steps touch: {traffic['ce'] / 1e9:.2f} GB, with ACLS {more['bytes']:+.5f} %")
     print(f"  the losses alone, on the clock: {1e6 * alone['ce']:.0f} us, {1e6 * alone['acls']:.0f} us")
+    training.verdict("ACLS over cross-entropy, a whole step by processor, %", more["time"], STEP)
 
 
 def processor_seconds(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -155,19 +168,24 @@ def processor_seconds(candidates: Mapping[str, Callable[[], Any]], rounds: int) 
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="losses,step", help="losses, step, or both, separated by a comma")
+    parser.add_argument("--parts", default="losses,step,metrics", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dense", default="8,512,512,21", help="shape of the dense logits")
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch", type=int, default=128, help="of the training step")
+    parser.add_argument("--rows", type=int, default=50_000, help="of the metrics")
+    parser.add_argument("--classes", type=int, default=1000, help="of the metrics and of the file")
+    parser.add_argument("--stored_rows", type=int, default=1_000_000, help="of the file")
+    parser.add_argument("--folder", help="where the file is written; default: the system's place for temporary files")
     parser.add_argument("--torch_threads", type=int, default=0, help="0: PyTorch's own choice; its threads spin")
     options = parser.parse_args()
     dense = tuple(int(each) for each in options.dense.split(","))
     parts = options.parts.split(",")
-    if not set(parts) <= {"losses", "step"}:
-        parser.error(f"--parts={options.parts}: there are losses and step")
-    if len(dense) < 2 or min(*dense, options.rounds, options.batch) < 1:
-        parser.error("--dense takes two numbers or more; they, --rounds and --batch must be positive")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts={options.parts}: there are {', '.join(PARTS)}")
+    numbers = (*dense, options.rounds, options.batch, options.rows, options.stored_rows)
+    if len(dense) < 2 or min(numbers) < 1 or options.classes < 2:
+        parser.error("--dense takes two numbers or more; all numbers must be positive, and --classes at least 2")
     if options.torch_threads and torch_calibration.available():
         torch_calibration.use_threads(options.torch_threads)
     print(f"{jax.devices()[0].device_kind}, {platform.processor() or 'CPU'}, {os.cpu_count()} cores")
@@ -175,6 +193,11 @@ def main() -> None:
         losses(dense, options.rounds)
     if "step" in parts:
         step(options.model, options.batch, options.rounds)
+    if "metrics" in parts:
+        calibration_metrics.metrics(options.rows, options.classes, options.rounds)
+    if "stored" in parts:
+        calibration_metrics.stored(options.stored_rows, options.classes, options.folder)
+    print(training.peak_memory())
 
 
 if __name__ == "__main__":

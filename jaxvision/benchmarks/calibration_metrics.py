@@ -1,6 +1,6 @@
-"""All calibration metrics of 50,000 x 1,000 logits: this package beside PyTorch code like that of the papers.
+"""All calibration metrics of 50,000 x 1,000 logits beside PyTorch code like the papers'; a file of a million rows.
 
-    python -m jaxvision.benchmarks.calibration_metrics [--rows 50000] [--classes 1000] [--rounds 3]
+Parts of ``python -m jaxvision.benchmarks.calibration``: "metrics" and "stored".
 
 The peer does what the official metric code does: one softmax, a loop over bins, and for the classwise error a loop over
 classes and bins, here over the first 50 classes because all of them take minutes. It computes ECE, adaptive ECE,
@@ -9,15 +9,19 @@ under-confidence and top-5 accuracy; the noise floors, the intervals and the exa
 peer has nothing like them.
 """
 
-import argparse
 import itertools
-import platform
+import re
 import resource
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from jaxvision.benchmarks import timing
+from jaxvision.benchmarks import timing, training
 from jaxvision.metrics import calibration, calibration_noise
 from jaxvision.metrics.calibration import NUM_BINS
 from jaxvision.metrics.calibration_rows import Rows
@@ -25,11 +29,14 @@ from jaxvision.metrics.calibration_scaling import fit_temperature
 from jaxvision.metrics.calibration_scan import measure
 
 PEER_CLASSES = 50
+SECONDS = 3.0
+"""The limit for the metrics of 50,000 x 1,000 logits."""
+_AT_ONCE = 1 << 22
 
 
-def example(rows: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def example(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Over-confident logits like those of a classifier, float32 [rows, classes], and labels."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     logits = generator.standard_normal((rows, classes), np.float32) * 2
     labels = generator.integers(0, classes, rows)
     logits[np.arange(rows), labels] += generator.normal(8, 3, rows)
@@ -73,43 +80,78 @@ def peer(logits: np.ndarray, labels: np.ndarray, classes: int) -> Callable[[], d
     return run
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    logits, labels = example(options.rows, options.classes)
-    rows = Rows.of(logits, labels)
-    print(f"{options.rows:,} x {options.classes:,} float32, {platform.processor() or 'CPU'}")
-    measured = measure(rows)
+def metrics(rows: int, classes: int, rounds: int) -> None:
+    """Prints the times of the metrics, of what goes with them, and of the peer."""
+    logits, labels = example(rows, classes)
+    given = Rows.of(logits, labels)
+    print(f"metrics of {rows:,} x {classes:,} float32 logits:")
+    measured = measure(given)
     floors = calibration_noise.noise_floor(measured)
     candidates: dict[str, Callable[[], object]] = {
-        "metrics": lambda: measure(rows),
-        "metrics, top label only": lambda: measure(rows, classwise=False),
+        "metrics": lambda: measure(given),
+        "metrics, top label only": lambda: measure(given, classwise=False),
         "noise floors, 200 draws": lambda: calibration_noise.noise_floor(measured),
         "intervals, 200 draws": lambda: calibration_noise.intervals(measured, floors),
-        "exact temperature": lambda: fit_temperature(rows),
+        "exact temperature": lambda: fit_temperature(given),
     }
-    some = min(PEER_CLASSES, options.classes)
+    some = min(PEER_CLASSES, classes)
     with_classes, without = peer(logits, labels, some), peer(logits, labels, 0)
     if with_classes is not None and without is not None:
         found = with_classes()
         ours = measured.values | {"classwise_ece": calibration.ece(measured.classes.bins())[:some].mean()}
         worst = max(abs(found[name] / ours[name] - 1) for name in found)
-        print(f"largest relative difference to PyTorch over {len(found)} metrics: {worst:.1e}")
+        print(f"  largest relative difference to PyTorch over {len(found)} metrics: {worst:.1e}")
         candidates["PyTorch, top label only"] = without
         candidates[f"PyTorch, {some} classes"] = with_classes
-    seconds = timing.interleaved(candidates, options.rounds)
+    seconds = timing.interleaved(candidates, rounds)
     for name, value in seconds.items():
         print(f"  {name:30s} {value:8.2f} s")
     if with_classes is not None:
         top = seconds["PyTorch, top label only"]
-        whole = top + (seconds[f"PyTorch, {some} classes"] - top) * options.classes / some
+        whole = top + (seconds[f"PyTorch, {some} classes"] - top) * classes / some
         print(f"  PyTorch, all classes: about {whole:.0f} s (scaled up), {whole / seconds['metrics']:.0f} x ours")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    training.verdict(f"metrics of {rows:,} x {classes:,} logits, s", seconds["metrics"], SECONDS)
 
 
-if __name__ == "__main__":
-    main()
+def write_example(folder: Path, rows: int, classes: int) -> tuple[Path, Path]:
+    """Writes ``logits.npy`` and ``labels.npy`` like :func:`example`, a few rows at a time; returns their paths."""
+    paths = folder / "logits.npy", folder / "labels.npy"
+    step = max(1, _AT_ONCE // classes)
+    with open(paths[0], "wb") as logits, open(paths[1], "wb") as labels:
+        for file, shape, dtype in ((logits, (rows, classes), "<f4"), (labels, (rows,), "<i8")):
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        for first in range(0, rows, step):
+            for file, part in zip((logits, labels), example(min(step, rows - first), classes, seed=first)):
+                part.tofile(file)
+    return paths
+
+
+def stored(rows: int, classes: int, folder: str | None) -> None:
+    """Writes a file of so many logits, measures it with ``tools.calibration``, prints what that took.
+
+    The command runs in a process of its own, with noise floors and intervals; its memory counts from its own beginning.
+
+    Args:
+      rows, classes: of the file; 4 bytes a logit.
+      folder: where; None: the system's place for temporary files. Deleted in the end.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        logits, labels = write_example(Path(place), rows, classes)
+        size = logits.stat().st_size / 2**20
+        print(f"tools.calibration of a file of {rows:,} x {classes:,} float32 logits, {size:,.0f} MiB:")
+        command = [sys.executable, "-m", "jaxvision.tools.calibration", logits, "--labels", labels, "--to", place]
+        for name, more in (("metrics", ()), ("and a temperature, fitted on 5 %", ("--hold_out", "0.05"))):
+            begin, used = time.perf_counter(), _children()
+            done = subprocess.run([*map(str, command), *more], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"tools.calibration ended with {done.returncode}: {done.stderr}")
+            seconds, processor = time.perf_counter() - begin, _children() - used
+            peak = re.search(r"peak memory (\d+) MiB", done.stdout)[1]
+            print(f"  {name:34s} {seconds:7.1f} s, {processor:7.1f} s of processor, peak memory {peak} MiB")
+
+
+def _children() -> float:
+    """Processor seconds of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -1,11 +1,11 @@
 """The classes of ImageNet's flat validation images: from a label file or from the development kit."""
 
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.data.mat_file import read_structs
 from jaxvision.data.prepare_files import member_path, open_tar, read_bytes
 
 SYNSET = re.compile(r"n\d{8}")
@@ -88,15 +88,12 @@ def _from_text(path: Path) -> Labels:
 
 def _from_devkit(path: Path) -> Labels:
     """``data/meta.mat`` has the synset of each number, ``data/..._ground_truth.txt`` the number of each image."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     files = _devkit_files(path)
+    rows = read_structs(files[_META], f"{_META} of {path}", "synsets") or []
     try:
-        synsets = loadmat(io.BytesIO(files[_META]), squeeze_me=True)["synsets"]
-        synset = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets.reshape(-1)}
+        synset = {int(row["ILSVRC2012_ID"].item()): str(row["WNID"]) for row in rows}
         numbers = [int(line) for line in files[_TRUTH].split()]
-    except (MatReadError, ValueError, KeyError, IndexError, TypeError, NotImplementedError, OSError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is no readable development kit ({error}); download it again") from error
     wrong = [number for number in numbers if not SYNSET.fullmatch(synset.get(number, ""))]
     if wrong or not numbers:

@@ -126,6 +126,11 @@ def _measuring(config: Config, data: recipes.Data, *, dense: bool) -> Measuring:
     if data.num_classes < 2:
         raise ConfigError(f"config.data.source={config.data.source!r} has one class; calibration needs at least 2")
     where = config.data.where("validation_size")
+    if config.data.eval_split == config.data.train_split:
+        raise ConfigError(
+            f"{config.data.where('eval_split')}={config.data.eval_split!r} is the training split too: losses would be "
+            "judged, and temperatures fitted, on images that they are reported on; name another split"
+        )
     if data.validation is None:
         raise ConfigError(
             f"{where} is 0, but each loss's temperature is fitted on a validation split; hold some training images out"

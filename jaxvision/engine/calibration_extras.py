@@ -9,7 +9,7 @@ from jaxvision.engine.report import Table
 from jaxvision.metrics import calibration_ood, segmentation
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import Scaling
-from jaxvision.metrics.long_tail import Groups
+from jaxvision.metrics.long_tail import Groups, group_means
 
 AT_T = "_scaled"
 _TITLES = {
@@ -24,7 +24,11 @@ _TITLES = {
 
 
 def confusion(rows: Rows) -> np.ndarray:
-    """int64 [K, K], rows true, of rows block by block."""
+    """int64 [K, K], rows true, of rows block by block.
+
+    On the host: where pixels are ignored each block has another length, for which ``segmentation.Confusion`` would be
+    compiled anew.
+    """
     classes = rows.num_classes
     matrix = np.zeros(classes**2, np.int64)
     for logits, labels in rows.blocks():
@@ -34,11 +38,7 @@ def confusion(rows: Rows) -> np.ndarray:
 
 def of_groups(rows: Rows, groups: Groups) -> dict[str, float]:
     """The mean accuracy of each group's classes, those without rows left out."""
-    matrix = confusion(rows)
-    seen = matrix.sum(1) > 0
-    accuracy = np.diag(matrix) / np.maximum(matrix.sum(1), 1)
-    chosen = {name: [label for label in members if seen[label]] for name, members in groups}
-    return {name: float(accuracy[members].mean()) for name, members in chosen.items() if members}
+    return group_means(segmentation.class_scores(confusion(rows))["accuracy"], groups) if groups else {}
 
 
 def of_pixels(rows: Rows) -> dict[str, float]:

@@ -103,6 +103,12 @@ def table(sets: Mapping[str, Assessment], title: str = "Calibration") -> report.
     return report.Table(title, tuple(columns), rows, caption)
 
 
+def averages(values: Mapping[str, float], title: str, caption: str) -> report.Table:
+    """Numbers alone, one row a metric."""
+    rows = [(heading, _cell(metric, values[metric])) for metric, heading in TITLES.items() if metric in values]
+    return report.Table(title, ("metric", "value"), rows, caption)
+
+
 def as_json(assessment: Assessment) -> dict[str, Any]:
     """The full numbers of :func:`table`, and the reliability diagram's arrays."""
     measured, metrics = assessment.measured, {}

@@ -5,9 +5,10 @@ data was cut into batches. The functions take NumPy arrays (float64 on the host)
 keep leading axes: bins ``[..., n]`` give errors ``[...]``. Definitions follow the evaluation code that the published
 tables were made with (of FLSD, MbLS, ACLS and RankMixup); the corrected variants are options.
 
-Beside them: ``calibration_sums`` (metric objects for the engine's evaluation), ``calibration_rows`` and
+Beside them: ``calibration_sums`` (the ECE in the engine's evaluation), ``calibration_rows`` and
 ``calibration_scan`` (a whole file of logits on the host), ``calibration_noise`` (what a calibrated model would score;
-intervals), ``calibration_scaling`` (temperature), ``calibration_ood`` (out-of-distribution AUROC).
+intervals), ``calibration_scaling`` (temperature), ``calibration_overlap``
+(rows that are fitted on and reported), ``calibration_ood`` (out-of-distribution AUROC).
 """
 
 from collections.abc import Callable

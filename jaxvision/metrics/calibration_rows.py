@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jaxvision.core.errors import DataError
@@ -80,7 +81,7 @@ def check_shapes(logits: Sequence[int], labels: Sequence[int], name: str) -> Non
 
 def check_labels_type(dtype: np.dtype, name: str) -> None:
     """Raises a DataError unless labels are integers."""
-    if not np.issubdtype(dtype, np.integer):
+    if dtype.kind not in "iu":
         raise DataError(f"the labels of {name} are {dtype}, but must be integers (class numbers)")
 
 
@@ -124,9 +125,27 @@ def checked(
 
 def _as_float(logits: np.ndarray, name: str) -> np.ndarray:
     """float64 stays; everything smaller, bfloat16 of ml_dtypes included, becomes float32."""
-    if logits.dtype.kind in "iub":
-        raise DataError(f"{name} are {logits.dtype}, but must be floating point; are these predicted classes?")
-    return logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
+    dtype = logits.dtype
+    if dtype.kind in "iub":
+        raise DataError(f"{name} are {dtype}, but must be floating point; are these predicted classes?")
+    if dtype.type is np.void and dtype.names is None:
+        raise DataError(
+            f"{name} are raw bytes ({dtype.itemsize} a number): npz and npy files lose the type of bfloat16 and of "
+            "8-bit floats; save float32, or a safetensors file"
+        )
+    if dtype.kind != "f" and not _is_small_float(dtype):
+        raise DataError(f"{name} are {dtype}, but must be real floating point numbers")
+    if dtype.itemsize >= 8:
+        return logits.astype(np.float64, copy=False)
+    return logits.astype(np.float32, copy=False)
+
+
+def _is_small_float(dtype: np.dtype) -> bool:
+    """Is it one of ml_dtypes' (bfloat16, ...)? NumPy's kind of them is that of raw bytes."""
+    try:
+        return dtype.kind == "V" and ml_dtypes.finfo(dtype).bits <= 16
+    except ValueError:
+        return False
 
 
 def in_threads(work: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None) -> Iterator[Any]:

@@ -1,20 +1,18 @@
 """Scaling logits after training: one temperature (exact or by the papers' grid), or a factor and offset a class.
 
-Fitted on a validation split, never on what is reported: :func:`fit_temperature` takes both and refuses when they are
-the same. Temperature scaling changes no prediction.
+Fitted on a validation split, never on what is reported: :func:`fit_temperature` takes both and refuses when half of the
+one is in the other. Temperature scaling changes no prediction.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.metrics import calibration
 from jaxvision.metrics.calibration import NUM_BINS, Bins
+from jaxvision.metrics.calibration_overlap import refuse_overlap
 from jaxvision.metrics.calibration_rows import Rows, in_threads, part_rows
 from jaxvision.metrics.calibration_scan import Scaling, softmax
 
@@ -61,7 +59,7 @@ def fit_temperature(
 
     Args:
       validation: rows that nothing is reported on.
-      test: the rows that will be reported on, to be refused if they are the same.
+      test: the rows that will be reported on; see :func:`~jaxvision.metrics.calibration_overlap.refuse_overlap`.
       method: "exact": the minimum of the NLL, by Newton's method in 1/T in float64 (it is convex there), within
         [0.02, 100]; "grid_nll", "grid_ece": the first minimum over :func:`grid` in float32, as the papers do
         (classification tables use the ECE, segmentation the NLL).
@@ -69,14 +67,12 @@ def fit_temperature(
 
     Raises:
       ConfigError: an unknown method.
-      DataError: ``validation`` is ``test``, or has fewer than two rows.
+      DataError: half of ``validation`` is in ``test``, or it has fewer than two rows.
     """
     if method not in METHODS:
         raise ConfigError(f"temperature method {method!r} is unknown; there are: {', '.join(METHODS)}")
-    if test is not None and same_rows(validation, test):
-        raise DataError(
-            f"{validation.name} are the rows that would be reported on; fit the temperature on a validation split"
-        )
+    if test is not None:
+        refuse_overlap(validation, test)
     nll_before, *_, count = _derivatives(validation, 1.0, np.float64)
     if count < 2:
         raise DataError(f"{validation.name} hold {count:g} rows that count, but fitting needs at least 2")
@@ -180,46 +176,6 @@ def grid_scores(rows: Rows, num_bins: int = NUM_BINS) -> tuple[np.ndarray, np.nd
     return calibration.ece(bins), nll / max(count, 1)
 
 
-def same_rows(a: Rows, b: Rows) -> bool:
-    """Do both hold the same logits in the same order?"""
-    if a is b:
-        return True
-    # Row by row, as the blocks may be cut differently; sets that differ do so within the first rows.
-    pairs = itertools.zip_longest(*((z for block, _ in rows.blocks() for z in block) for rows in (a, b)))
-    return all(x is not None and y is not None and np.array_equal(x, y) for x, y in pairs)
-
-
-# --- on the device ---------------------------------------------------------------------------------------------------
-
-
-def temperature_by_nll(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The exact temperature as a traceable function, float32 (): to be ``vmap``-ed over seeds inside a program.
-
-    Bisection of the sign of the NLL's slope on log(1/T), 40 halvings of [0.02, 100].
-
-    Args:
-      logits: float [N, K], of a validation split.
-      labels: int [N].
-      mask: [N], 1 for what counts.
-    """
-    where = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask) > 0
-    z = jnp.where(where[:, None], logits, 0).astype(jnp.float32)
-    z = z - jnp.max(z, -1, keepdims=True)
-    own = jnp.take_along_axis(z, jnp.where(where, labels, 0)[:, None], -1)[:, 0]
-
-    def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bracket
-        middle = (low + high) / 2
-        slope = jnp.sum(jnp.where(where, jnp.sum(jax.nn.softmax(jnp.exp(middle) * z, -1) * z, -1) - own, 0))
-        return jnp.where(slope < 0, middle, low), jnp.where(slope < 0, high, middle)
-
-    ends = jnp.log(jnp.float32(1 / HIGHEST)), jnp.log(jnp.float32(1 / LOWEST))
-    low, high = jax.lax.fori_loop(0, 40, halve, ends)
-    # Where all logits are equal every temperature is as good: none is the answer.
-    flat = jnp.all(jnp.where(where[:, None], z == 0, True))
-    return jnp.where(flat, 1.0, jnp.exp(-(low + high) / 2))
-
-
 # --- a factor and an offset a class ----------------------------------------------------------------------------------
 
 
@@ -233,8 +189,8 @@ def fit_vector(validation: Rows, test: Rows | None = None) -> Scaling:
     """
     from scipy.optimize import minimize  # a quarter of a second to import
 
-    if test is not None and same_rows(validation, test):
-        raise DataError(f"{validation.name} are the rows that would be reported on; fit on a validation split")
+    if test is not None:
+        refuse_overlap(validation, test)
     classes, count = validation.num_classes, _count(validation)
     if count < 2:
         raise DataError(f"{validation.name} hold {count} rows that count, but fitting needs at least 2")

@@ -4,8 +4,8 @@
     measured = measure(rows)
     measured.values["ece"], measured.values["nll"], ...
 
-A million rows of a thousand classes need no more memory than a few blocks and 5 bytes a row. NumPy alone: nothing is
-compiled and no accelerator is touched.
+Memory: a few blocks, 60 bytes a row while the confidences are sorted, 48 in the result; of a million rows of a thousand
+classes that is an eightieth of the file. NumPy alone: nothing is compiled and no accelerator is touched.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -114,7 +114,9 @@ def measure(
     if done < 2:
         raise DataError(f"{rows.name} hold {done} rows that count, but calibration needs at least 2")
     table = np.concatenate(parts)
+    parts.clear()
     ranked = Ranked.of(table["confidence"], table["correct"])
+    del table
     top = ranked.bins(edges)
     adaptive = ranked.bins(ranked.adaptive_edges(num_bins), include_lowest=include_lowest)
     seen = label_rows[0] > 0

@@ -13,7 +13,14 @@ from jaxvision.tools.calibration_files import StoredArray
 
 
 class StoredRows:
-    """Stored arrays as rows; of probabilities also their logarithms, which scaling works on."""
+    """Stored arrays as rows; of probabilities also their logarithms, which scaling works on.
+
+    Attributes:
+      rows, logits: what is measured, what is scaled.
+      batches: (size) -> rows of so many images at a time, in the order of the file; needs labels and all rows chosen.
+      total: rows of the file.
+      size: for people.
+    """
 
     def __init__(
         self,
@@ -39,6 +46,12 @@ class StoredRows:
                 yield z, np.zeros(len(z), np.int64) if pieces is None else next(pieces).reshape(-1)
 
         ignore = options.ignore if labels is not None else ()
+
+        def batches(size: int) -> Iterator[Rows]:
+            for pair in zip(logits.blocks(size), labels.blocks(size)):
+                yield Rows.of(*pair, ignore=ignore, name=logits.name)
+
+        self.batches = batches
         self.rows = Rows(calibration_rows.checked(blocks, classes, ignore, logits.name, mask), classes, logits.name)
         self.logits = _logarithms(self.rows) if options.probabilities else self.rows
         if not options.probabilities:

@@ -8,7 +8,7 @@ import pytest
 from scipy.io import savemat
 
 from jaxvision.core.errors import DataError
-from jaxvision.data.mat_file import read_mat
+from jaxvision.data.mat_file import read_mat, read_structs
 
 ARRAYS = {
     "X": np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
@@ -28,6 +28,42 @@ def test_arrays_are_those_that_were_saved(compressed, tmp_path):
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
     assert read_mat(path, ("X",)).keys() == {"X"} and not read_mat(path, ("nothing",))
+
+
+STRUCTS = np.array(
+    [(3, "n03", np.eye(2)), (1001, "höhe", "x")], [("ID", object), ("WNID", object), ("more", object)]
+).reshape(-1, 1)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_structs_of_numbers_and_text(compressed, tmp_path):
+    path = tmp_path / "a.mat"
+    empty = np.array([(np.zeros((0, 0)), {"a": 1})], [("none", object), ("inner", object)])
+    savemat(path, {"before": np.eye(3), "synsets": STRUCTS, "empty": empty}, do_compression=compressed)
+    first, second = read_structs(path.read_bytes(), "a.mat", "synsets")
+    assert first["ID"].item() == 3 and second["ID"].item() == 1001
+    assert (first["WNID"], second["WNID"], second["more"]) == ("n03", "höhe", "x")
+    np.testing.assert_array_equal(first["more"], np.eye(2))
+    (only,) = read_structs(path.read_bytes(), "a.mat", "empty")
+    assert only.keys() == {"none"} and not only["none"].size
+    assert read_structs(path.read_bytes(), "a.mat", "nothing") is None
+    with pytest.raises(DataError, match="'before' is no array of structs"):
+        read_structs(path.read_bytes(), "a.mat", "before")
+
+
+def test_damage_of_structs_ends_in_an_error_that_names_the_file_or_in_other_values(tmp_path):
+    path = tmp_path / "a.mat"
+    savemat(path, {"synsets": STRUCTS[:1]}, do_compression=False)
+    content = path.read_bytes()
+    for length in range(129, len(content)):
+        with pytest.raises(DataError, match="a file is cut short or damaged"):
+            read_structs(content[:length], "a file", "synsets")
+    for position in range(128, len(content)):
+        changed = content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
+        try:
+            read_structs(changed, "a file", "synsets")
+        except DataError as error:
+            assert str(error).startswith("a file is")
 
 
 def element(kind, data, order):

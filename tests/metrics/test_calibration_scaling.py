@@ -2,19 +2,13 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.metrics.calibration_overlap import refuse_overlap
 from jaxvision.metrics.calibration_rows import Rows
-from jaxvision.metrics.calibration_scaling import (
-    fit_temperature,
-    fit_vector,
-    grid,
-    grid_scores,
-    temperature_by_nll,
-)
+from jaxvision.metrics.calibration_scaling import fit_temperature, fit_vector, grid, grid_scores
 from jaxvision.metrics.calibration_scan import Scaling, measure
 from tests.arrays import load
 
@@ -46,18 +40,6 @@ def test_the_papers_grid(case):
     np.testing.assert_allclose(nlls, case["grid_nll"], rtol=1e-5)
     assert fit_temperature(rows, method="grid_ece").value == case["official_T_by_ece"]
     assert fit_temperature(rows, method="grid_nll").value == case["official_T_by_nll"]
-
-
-def test_on_the_device_for_several_seeds_at_once():
-    cases = [load(ORACLES / f"temperature_{k}.npz") for k in (0, 1)]
-    logits, labels = (np.stack([case[name] for case in cases]) for name in ("logits", "labels"))
-    padded = np.concatenate([logits, np.full((2, 24, 10), np.nan, np.float32)], 1)
-    mask = np.arange(1024) < 1000
-    fitted = jax.jit(jax.vmap(temperature_by_nll, in_axes=(0, 0, None)))(
-        padded, np.pad(labels, ((0, 0), (0, 24))), mask
-    )
-    np.testing.assert_allclose(fitted, [case["exact_T_by_nll_f64"] for case in cases], rtol=2e-5)
-    assert temperature_by_nll(np.zeros((4, 3)), np.arange(4) % 3) == 1
 
 
 @pytest.mark.parametrize(("sign", "bound"), [(1, 0.02), (-1, 100.0)])
@@ -97,12 +79,42 @@ def test_vector_scaling_finds_a_factor_and_offset_a_class():
 def test_what_is_refused():
     generator = np.random.default_rng(0)
     logits, labels = generator.normal(size=(30, 3)), generator.integers(0, 3, 30)
-    test, copy = Rows.of(logits, labels), Rows.of(logits.copy(), labels, name="val")
+    test = Rows.of(logits, labels)
     for fit in (fit_temperature, fit_vector):
-        with pytest.raises(DataError, match="val are the rows that would be reported on"):
-            fit(copy, test)
+        with pytest.raises(DataError, match="100% of the rows of val are among the rows that would be reported on"):
+            fit(Rows.of(logits.copy(), labels, name="val"), test)
         with pytest.raises(DataError, match="hold 1 rows that count"):
             fit(Rows.of(logits[:1], labels[:1]))
-    assert fit_temperature(Rows.of(logits[:20], labels[:20]), test).rows == 20
     with pytest.raises(ConfigError, match="grid_nll"):
         fit_temperature(test, method="lbfgs")
+
+
+@pytest.mark.parametrize(("new", "most"), [(0, 1 << 20), (90, 1 << 20), (110, 1 << 20), (0, 64), (200, 64)])
+def test_validation_rows_are_found_among_the_reported_ones(monkeypatch, new, most):
+    """In any order, of a part of the file, in another precision, from a sample of the fingerprints."""
+    monkeypatch.setattr("jaxvision.metrics.calibration_overlap.MOST", most)
+    monkeypatch.setattr("jaxvision.metrics.calibration_rows.BLOCK", 100)
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(600, 5)).astype(np.float32), np.zeros(600, int)
+    rows = generator.permutation(600)[:200]
+    fitted = logits[rows].astype(np.float64)
+    fitted[:new] = generator.normal(size=(new, 5))
+    validation, test = Rows.of(generator.permutation(fitted), labels[:200], name="val"), Rows.of(logits, labels)
+    if new > 100:
+        refuse_overlap(validation, test)
+        return
+    with pytest.raises(DataError, match=rf"{(200 - new) / 2:.0f}% of the rows of val are among"):
+        refuse_overlap(validation, test)
+
+
+def test_rows_that_repeat_by_chance_are_no_leak():
+    """Coarse logits, and a network that gives the same for every input; only the very same set is refused."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(-3, 4, (2, 500, 2)).astype(np.float32)
+    validation, test = (Rows.of(z, np.zeros(500, int), name="val") for z in coarse)
+    refuse_overlap(validation, test)
+    with pytest.raises(DataError, match="100% of the rows of val"):
+        refuse_overlap(Rows.of(coarse[1][::-1], np.zeros(500, int), name="val"), test)
+    constant = [Rows.of(np.full((n, 2), value), np.zeros(n, int)) for n, value in ((9, 0.0), (30, -0.0), (30, 0.0))]
+    for validation in constant[:2]:
+        refuse_overlap(validation, constant[2])

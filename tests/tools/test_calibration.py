@@ -1,6 +1,7 @@
 """The calibration command: formats, validation splits, what it writes, and one sentence for every mistake."""
 
 import json
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxvision.benchmarks import calibration_metrics
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scaling import fit_temperature
 from jaxvision.metrics.calibration_scan import measure
-from jaxvision.tools import calibration
+from jaxvision.tools import calibration, calibration_sets
 from tests.core import test_torch_file as torch_file
 
 
@@ -104,6 +106,13 @@ def test_two_npy_files_dense_and_ignored(tmp_path, capsys):
     assert "label 255 of row 0" in refused(capsys, *arguments)
     assert command(capsys, *arguments, "--ignore", 255)[0] == 0
     assert numbers(tmp_path / "out")["as given"]["rows"] == 300
+    assert command(capsys, *arguments, "--ignore", 255, "--batch_averages", 3)[0] == 0
+    found = numbers(tmp_path / "out")["as given"]["batch_averages"]
+    parts = (slice(0, 300), slice(300, 400))
+    kept = [[rows[part][np.arange(400)[part] % 4 > 0] for rows in (logits, labels)] for part in parts]
+    expected = np.average([measure(Rows.of(*pair)).values["ece"] for pair in kept], weights=[225, 75])
+    assert found["ece"] == pytest.approx(expected)
+    assert f"| ECE (%) | {100 * expected:.2f} |" in (tmp_path / "out" / "report.md").read_text()
     assert "give the labels with --labels FILE" in refused(capsys, tmp_path / "z.npy")
 
 
@@ -137,8 +146,11 @@ def test_a_separate_validation_file_and_the_papers_grid(tmp_path, capsys, monkey
     assert command(capsys, *arguments, "--all_classes")[0] == 0
     fitted = fit_temperature(Rows.of(*example(seed=1)), method="grid_ece")
     assert list(numbers(tmp_path / "out"))[1] == f"T = {fitted.value:.3f}"
-    same = (tmp_path / "test.npz", "--validation", tmp_path / "test.npz", *keys)
-    assert "are the rows that would be reported on" in refused(capsys, *same)
+    logits, labels = example()
+    rows = np.random.default_rng(0).permutation(400)[:300]
+    np.savez(tmp_path / "val.npz", z=logits[rows], y=labels[rows])
+    message = refused(capsys, *arguments)
+    assert "100% of the rows of z of" in message and "are among the rows that would be reported on" in message
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,7 @@ def test_a_separate_validation_file_and_the_papers_grid(tmp_path, capsys, monkey
         ({"logits": np.zeros((9, 1)), "labels": np.zeros(9, int)}, (), "at least 2"),
         ({"logits": np.zeros((9, 3), int), "labels": np.zeros(9, int)}, (), "are these predicted classes?"),
         ({"logits": np.zeros((9, 3), object), "labels": np.zeros(9, int)}, (), "Python objects"),
+        ({"logits": np.zeros((9, 3), ml_dtypes.bfloat16), "labels": np.zeros(9, int)}, (), "lose the type of bfloat16"),
         ({"logits": np.zeros((9, 3), order="F"), "labels": np.zeros(9, int)}, (), "np.ascontiguousarray"),
         ({"logits": np.float32(3), "labels": np.zeros(9, int)}, (), "a single number"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--temperature", "exact"), "scaling needs a validation split"),
@@ -162,6 +175,12 @@ def test_a_separate_validation_file_and_the_papers_grid(tmp_path, capsys, monkey
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--hold_out", 1.5), "must lie between 0 and 1"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--hold_out", 0.5, "--validation", "x"), "exclude each other"),
         ({"logits": np.eye(9), "labels": np.arange(9)}, ("--bins", 0), "must be at least 1"),
+        ({"logits": np.eye(9), "labels": np.arange(9)}, ("--batch_averages", 0), "must be at least 1"),
+        (
+            {"logits": np.eye(9), "labels": np.arange(9)},
+            ("--batch_averages", 8, "--hold_out", 0.5),
+            "--batch_averages and --hold_out exclude each other",
+        ),
         (
             {"logits": np.eye(9), "labels": np.arange(9)},
             ("--temperature", "t"),
@@ -217,3 +236,22 @@ def test_pytorch_files(tmp_path, capsys):
     assert command(capsys, path, "--to", tmp_path / "out")[0] == 0
     found = numbers(tmp_path / "out")["as given"]["metrics"]["ece"]["value"]
     np.testing.assert_allclose(found, measure(Rows.of(logits, labels)).values["ece"], rtol=1e-6)
+
+
+def test_memory_is_that_of_a_few_blocks(tmp_path, monkeypatch):
+    """Three times the rows take 150 bytes more for each at most, not the 800 that a row of the file has."""
+    monkeypatch.setattr("jaxvision.metrics.calibration_rows.BLOCK", 1 << 16)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    peaks = []
+    for rows in (10_000, 30_000):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        logits, labels = calibration_metrics.write_example(folder, rows, 200)
+        tracemalloc.start()
+        options = calibration._parser().parse_args([str(logits), "--labels", str(labels), "--hold_out", "0.05"])
+        sets = calibration_sets.open_sets(options, lambda line: None)
+        assert measure(sets["test"].rows).top.total == 0.95 * rows
+        assert fit_temperature(sets["validation"].logits, sets["test"].logits).rows == 0.05 * rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 150 * 20_000, peaks
