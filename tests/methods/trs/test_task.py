@@ -1,5 +1,6 @@
 """The configuration's road to arms: presets at full size, where a run starts, and every mistake in one sentence."""
 
+import functools
 import importlib
 
 import jax
@@ -13,7 +14,7 @@ from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import arms
 from jaxvision.engine.quantization import build_network
 from jaxvision.main import make_task
-from jaxvision.methods.trs import optimizers, training, weights
+from jaxvision.methods.trs import optimizers, training, variants, weights
 from jaxvision.methods.trs.variants import parse
 from jaxvision.models import weight_file, zoo
 from jaxvision.optim import schedules
@@ -39,26 +40,61 @@ def task(**changes):
 
 
 @pytest.mark.parametrize("preset", [*IMAGENET, "cifar100_resnet20", "cifar10_subset"])
-def test_presets_build_at_full_size_and_their_optimizer_fits(preset):
-    """Shapes only: the quantized network, its forward pass, the groups and the state of the scheduled arm."""
+def test_presets_train_at_full_size(preset):
+    """Shapes only: the quantized network, the groups of its parameters, start and step of the exported arm."""
     config = Config(CONFIGS.get_config(preset).to_dict())
     module = zoo.build(config.model.name, num_classes=10, **config.model.settings.to_dict())
-    image = np.zeros((1, *zoo.spec(config.model.name).input_size, 3), np.float32)
+    images = np.zeros((2, *zoo.spec(config.model.name).input_size, 3), np.float32)
+    image = images[:1]
     network = build_network(config.quantization, module, image)
-    shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
-    assert jax.eval_shape(network.apply, shapes, image).shape == (1, 10)
     layers = network.check(image)
     assert len(layers) == {"resnet18": 19, "mobilenet_v2": 51, "resnet20": 18}.get(config.model.name, 48)
     signed = [name for name, layer in layers.items() if layer.input.settings.get("signed")]
     assert len(signed) == {"resnet18": 0, "mobilenet_v2": 17, "resnet20": 0}.get(config.model.name, 48)
-    groups = set(
-        jax.tree.leaves(optimizers.labels(shapes["params"], tuple(layers), freeze_scales=True), is_leaf=callable)
-    )
-    assert {"latent", "float", "norm", "scale", "frozen"} == groups
-    name = next(name for name in config.arms if name.split("_")[0].endswith("t"))
-    variant = parse(name, family="trs", baseline="sgd", target=5e-3, rule="momentum")
-    transform = optimizers.build(variant, optimizers.Recipe(schedules.constant(1.0)), tuple(layers), 0.1)
-    jax.eval_shape(transform.init, shapes["params"])
+
+    variant = parse(config.export, family="trs", baseline=config.baseline, target=5e-3, rule="momentum")
+    trainer = training.Trainer(
+        variant, network, image, optimizers.Recipe(schedules.constant(1.0)), lambda: images, 0.1, 1,
+        schedules.constant(0.0), 0, False, "trs",
+    )  # fmt: skip
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    setting = {"lr": jnp.float32(0.1)}
+    fresh = jax.eval_shape(functools.partial(module.init, train=False), key, image)
+    begin = lambda variables, key: trainer.begin(variables, setting, key)  # noqa: E731
+    state = jax.eval_shape(begin, fresh, key).replace(extra={arms.SETTING: setting})
+    new, metrics = jax.eval_shape(trainer.step, state, {"image": images, "label": np.zeros(2, np.int32)}, key)
+    assert kinds(new) == kinds(state)
+    assert len([name for name in metrics if name.startswith("step_size/")]) == len(layers)
+    groups = optimizers.labels(state.params, tuple(layers), freeze_scales=True)
+    assert {"latent", "float", "norm", "scale", "frozen"} == set(jax.tree.leaves(groups))
+
+
+@functools.cache
+def every_arm():
+    """The stages of a run with all arms of the default configuration, by name, and the state they start from."""
+    built = task(arms=CONFIGS.ARMS, export="")
+    key = jax.eval_shape(lambda: rng.key(0, ""))
+    state = jax.eval_shape(built.stages[0].begin, jax.eval_shape(built.init, key), key)
+    return {stage.name: stage for stage in built.stages}, state, key
+
+
+@pytest.mark.parametrize("name", CONFIGS.ARMS)
+def test_every_arm_of_the_default_run_begins_and_steps(name):
+    stages, start, key = every_arm()
+    stage = stages[name]
+    # Arms in between hand on the start, which is the float network's.
+    start = start.replace(extra={arms.START: {"params": start.params, **start.model_state}})
+    state = jax.eval_shape(stage.begin, start, key)
+    new, metrics = jax.eval_shape(stage.step, state, stage.data.batch_at(0), key)
+    assert kinds(new) == kinds(state)
+    scheduled = name.split("_")[0] in variants.SCHEDULED
+    assert ("step_size/conv2_0" in metrics) == scheduled and "rate/conv2_0" in metrics
+    assert ("penalty" in metrics) == (name == "dampening")
+
+
+def kinds(tree):
+    """Structure, shapes and types: what a second step must find as the first one did, not to be compiled again."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
 
 
 def test_stages_are_the_float_network_and_the_arms():
