@@ -116,6 +116,18 @@ def test_with_scheduled_rates_the_kernels_scale_stands_still_and_the_kernel_foll
     )
 
 
+@pytest.mark.parametrize("name", ["sgd", "sgdt", "freezing"])
+def test_oscillation_is_measured_where_it_is_asked_for_or_needed(name):
+    recipe = Recipe(RECIPE.shape, oscillation=False)
+    without, whole = (
+        jax.eval_shape(optimizers.build(parse(name, **DEFAULTS), each, LATENT, 0.1).init, PARAMS)
+        for each in (recipe, RECIPE)
+    )
+    size = lambda state: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)  # noqa: E731
+    weights = PARAMS["block"]["conv"]["kernel"].size
+    assert size(whole) - size(without) == (0 if name == "freezing" else 11 * weights)
+
+
 def test_targets_have_factors_for_the_bits():
     recipe = Recipe(RECIPE.shape, target_factors={LATENT[0]: 0.5})
     _, state = run("adamt", steps=1, recipe=recipe)
