@@ -15,6 +15,7 @@ from jaxvision.engine import arms
 from jaxvision.engine.quantization import build_network
 from jaxvision.main import make_task
 from jaxvision.methods.trs import optimizers, training, variants, weights
+from jaxvision.methods.trs import task as trs_task
 from jaxvision.methods.trs.variants import parse
 from jaxvision.models import weight_file, zoo
 from jaxvision.optim import schedules
@@ -54,8 +55,8 @@ def test_presets_train_at_full_size(preset):
 
     variant = parse(config.export, family="trs", baseline=config.baseline, target=5e-3, rule="momentum")
     trainer = training.Trainer(
-        variant, network, image, optimizers.Recipe(schedules.constant(1.0)), lambda: images, 0.1, 1,
-        schedules.constant(0.0), 0, False, "trs",
+        variant, network, image, optimizers.Recipe(schedules.constant(1.0), oscillation=config.oscillation),
+        lambda: images, 0.1, 1, schedules.constant(0.0), 0, False, "trs",
     )  # fmt: skip
     key = jax.eval_shape(lambda: jax.random.key(0))
     setting = {"lr": jnp.float32(0.1)}
@@ -65,6 +66,7 @@ def test_presets_train_at_full_size(preset):
     new, metrics = jax.eval_shape(trainer.step, state, {"image": images, "label": np.zeros(2, np.int32)}, key)
     assert kinds(new) == kinds(state)
     assert len([name for name in metrics if name.startswith("step_size/")]) == len(layers)
+    assert ("weights/oscillating" in metrics) == (preset not in IMAGENET)
     groups = optimizers.labels(state.params, tuple(layers), freeze_scales=True)
     assert {"latent", "float", "norm", "scale", "frozen"} == set(jax.tree.leaves(groups))
 
@@ -119,6 +121,19 @@ def test_lsq_has_two_levels_of_weights_at_one_bit():
     assert set(layer) == {"kernel", "input_scale"}
 
 
+def test_a_label_is_the_first_regular_expression_that_finds_a_kernel():
+    config = Config(CONFIGS.get_config("smoke").to_dict())
+    module = zoo.build(config.model.name, num_classes=10, **config.model.settings.to_dict())
+    image = np.zeros((1, 8, 8, 1), np.float32)
+    model = weights.Model("plain_cnn", module, image)
+    network = build_network(config.quantization, module, image)
+    control = Config({"granularity": "label", "labels": ("3/", "v[23]/")}, "config.transition")
+    labels = trs_task._labels(control, model)(network)["labels"]
+    assert labels({"conv2": {"kernel": 0}, "conv3": {"kernel": 0}, "conv4": {"kernel": 0}}) == {
+        "conv2": {"kernel": "v[23]/"}, "conv3": {"kernel": "3/"}, "conv4": {"kernel": "conv4/kernel"},
+    }  # fmt: skip
+
+
 def test_targets_scale_with_the_bits_of_each_layer():
     config = CONFIGS.get_config("smoke")
     with config.unlocked():
@@ -165,10 +180,38 @@ def test_targets_scale_with_the_bits_of_each_layer():
         ({"transition__target": 2.0, "arms": ("sgdt",), "export": ""}, "a rate is the fraction of weights"),
         ({"transition__rule": "momentun"}, "config.transition.rule='momentun' is unknown; did you mean 'momentum'"),
         ({"transition__granularity": "layer"}, "config.transition.granularity='layer' is not one of"),
+        (
+            {"transition__granularity": "label"},
+            r"config.transition.labels=\(\), but config.transition.granularity='label'",
+        ),
+        ({"transition__labels": ("conv",)}, r"labels=\('conv',\), but config.transition.granularity='tensor'"),
+        (
+            {"transition__granularity": "label", "transition__labels": ("conv9",)},
+            "config.transition.labels has 'conv9', which matches no layer",
+        ),
+        ({"transition__momentum": 1.0}, "config.transition.momentum=1.0 must be below 1"),
+        ({"transition__initial_rate": 1.5}, "config.transition.initial_rate=1.5 must be at most 1"),
+        ({"transition__eta": 0.0}, "config.transition.eta=0.0 must be a number above 0"),
+        (
+            {"transition__max_step_size": 0.015},
+            r"config.grid.sgd=\(0.01, 0.02\) has 0.02, .*'sgdt'.*max_step_size=0.015",
+        ),
+        ({"transition__min_step_size": 0.015}, r"config.grid.sgd=\(0.01, 0.02\) has 0.01, .*min_step_size=0.015"),
+        (
+            {"transition__min_step_size": 0.2, "transition__max_step_size": 0.1},
+            "config.transition.min_step_size=0.2 is above config.transition.max_step_size=0.1",
+        ),
+        ({"optimizer__b1": 1.0}, "config.optimizer.b1=1.0 must be below 1"),
+        ({"freezing__start": 5.0}, "config.freezing.start=5.0 must be below 1"),
+        ({"freezing__momentum": 1.0}, "config.freezing.momentum=1.0 must be below 1"),
+        ({"optimizer__accumulate": 3}, "batch_size=64 can't be cut into config.optimizer.accumulate=3 equal parts"),
+        ({"float__optimizer__accumulate": 3}, "can't be cut into config.float.optimizer.accumulate=3 equal parts"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_mistakes_are_one_sentence_before_anything_compiles(changes, message):
+    if any(name.startswith("transition__") for name in changes):
+        changes = {"arms": ("sgdt",), "export": "", **changes}
     with pytest.raises(ConfigError, match=message) as error:
         task(**changes)
     assert "\n" not in str(error.value)
