@@ -153,7 +153,12 @@ def _with_target(
             "set config.quantization.weight_bits"
         )
     widest = max(bits.values())
-    target = initial_target(variant.target, widest, scale_with_bits=scaled)
+    try:
+        target = initial_target(variant.target, widest, scale_with_bits=scaled)
+    except ConfigError as error:
+        raise ConfigError(
+            f"config.transition.target, or what {variant.name!r} in config.arms names: {error}"
+        ) from error
     factors = {name: (width / widest) ** 0.5 for name, width in bits.items()} if scaled else {}
     return dataclasses.replace(variant, target=target), factors
 

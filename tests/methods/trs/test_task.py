@@ -177,7 +177,10 @@ def test_targets_scale_with_the_bits_of_each_layer():
         ({"data__validation_size": 0}, "validation_size is 0, so that there is nothing to choose one on"),
         ({"float__epochs": 0.0}, "quantized training starts from a trained float network"),
         ({"calibration_images": 513}, "config.calibration_images=513 is more than the 512 of the training split"),
-        ({"transition__target": 2.0, "arms": ("sgdt",), "export": ""}, "a rate is the fraction of weights"),
+        (
+            {"transition__target": 2.0, "arms": ("sgdt",), "export": ""},
+            "config.transition.target, .*'sgdt'.*a rate is the",
+        ),
         ({"transition__rule": "momentun"}, "config.transition.rule='momentun' is unknown; did you mean 'momentum'"),
         ({"transition__granularity": "layer"}, "config.transition.granularity='layer' is not one of"),
         (
