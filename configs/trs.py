@@ -29,8 +29,10 @@ Fields beside those of ``configs/common.py``:
     optimizer   of all quantized arms: momentum, nesterov, b1, b2, eps, weight_decay, scale_lr (of quantizer scales),
                 accumulate, label_smoothing, schedule (of rates and targets alike)
     transition  target (the paper's factor), scale_with_bits (times the square root of the weights' bits), momentum,
-                rule, eta, granularity, initial_rate, min_step_size, max_step_size
+                rule, eta, granularity ("tensor", "model", or "label": kernels that the same regular expression of
+                labels finds first share a rate, others have their own), initial_rate, min_step_size, max_step_size
     dampening   weight; freezing: start and end of the threshold, momentum (of the frequency of oscillation)
+    oscillation measure how often codes turn back in every arm: 11 bytes a latent weight
     calibration_images  training images that the scales are fitted to
     export      the arm whose network of the first seed is written ("": none): quantized.safetensors, which
                 model.init_from takes again, and integers.safetensors with integers.json, codes for other programs
@@ -99,6 +101,7 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
             "rule": "momentum",
             "eta": placeholder(float),
             "granularity": "tensor",
+            "labels": (),
             "initial_rate": placeholder(float),
             "min_step_size": placeholder(float),
             "max_step_size": placeholder(float),
@@ -106,6 +109,7 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
     )
     config.dampening = ConfigDict({"weight": 1e-3})
     config.freezing = ConfigDict({"start": 0.04, "end": 0.01, "momentum": 0.01})
+    config.oscillation = True
     config.calibration_images = 256
     config.export = ""
     config.how = "map"
@@ -198,6 +202,7 @@ def imagenet(model: ConfigDict, quantization: ConfigDict, data: ConfigDict | Non
     config.arms = ("sgd", "sgdt", "adam", "adamt")
     config.epochs = 120.0
     config.calibration_images = 32
+    config.oscillation = False
     config.export = "sgdt"
     return config
 

@@ -90,7 +90,17 @@ class Training:
     def __init__(self, network: Any, transform: Any, batch: Batch, variables: Any, **options: Any):
         """``variables`` of the network; ``options`` of :func:`supervised.train_step`."""
         step = supervised.train_step(network, transform, loss, **options)
-        self.state = supervised.new_state(jax.tree.map(jnp.array, variables), transform, average=False)
+        self._prepare(step, supervised.new_state(variables, transform, average=False), batch)
+
+    @classmethod
+    def of(cls, step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]], state: State, batch: Batch) -> Any:
+        """Of any step, from ``state`` on."""
+        made = cls.__new__(cls)
+        made._prepare(step, state, batch)
+        return made
+
+    def _prepare(self, step: Callable[..., Any], state: State, batch: Batch) -> None:
+        self.state = jax.tree.map(jnp.array, state)  # Its own: the step gives its arguments away.
         self._batch, self._key = jax.device_put(batch), jax.random.key(0)
         begin = time.perf_counter()
         self._step = jax.jit(step, donate_argnums=0).lower(self.state, self._batch, self._key).compile()

@@ -4,7 +4,8 @@
 
 Random images (the speed doesn't depend on them), everything in one run on one machine, PyTorch eager beside it where it
 is installed. The overhead is measured twice: as the difference of two whole training steps, which a busy machine
-blurs, and as the difference of the two optimizers' updates alone over a step.
+blurs, and as the difference of the two optimizers' updates alone over a step. The last two lines are the steps of the
+method's arms, which log rates, distances and movements of the weights, with and without the detector of oscillation.
 """
 
 import functools
@@ -19,11 +20,18 @@ import optax
 from jaxvision.benchmarks import timing, torch_resnet, training
 from jaxvision.benchmarks.training import DECAY, LR, MOMENTUM, Training
 from jaxvision.core import trees
+from jaxvision.engine import arms
+from jaxvision.engine.task import Batch
+from jaxvision.methods.trs import variants
+from jaxvision.methods.trs.optimizers import Recipe
+from jaxvision.methods.trs.training import Trainer
 from jaxvision.models.quantized import Bits, QuantizedNetwork
-from jaxvision.optim import optimizers, sgdt, transition_target
+from jaxvision.optim import optimizers, schedules, sgdt, transition_target
 
 BITS = Bits(2, 2)
 PEERS = {"float": "PyTorch float", "W2A2 + TRS": "PyTorch W2A2 + TRS"}
+ARMS = {"the arm sgdt": False, "the arm sgdt, oscillation": True}
+"""Label -> whether oscillation is measured."""
 OVERHEAD, EXTRA_BYTES = 0.03, 1.0
 
 
@@ -57,15 +65,38 @@ def update_only(network: QuantizedNetwork, params: Any, name: str) -> Callable[[
     return lambda: jax.block_until_ready(step(state, params))
 
 
-def extra_bytes(network: QuantizedNetwork, params: Any) -> float:
-    """Bytes a latent weight that the transform's state adds to SGD's."""
-    sizes = {}
+def arm(network: QuantizedNetwork, batch: Batch, variables: Any, *, oscillation: bool) -> Training:
+    """The arm ``sgdt`` as a run trains it, its diagnostics included."""
+    variant = variants.parse("sgdt", family="trs", baseline="sgd", target=5e-3, rule="momentum")
+    recipe = Recipe(schedules.cosine(1.0, 1000), weight_decay=DECAY, oscillation=oscillation)
+    trainer = Trainer(
+        variant,
+        network,
+        batch["image"][:1],
+        recipe,
+        images=None,
+        smoothing=0.0,
+        accumulate=1,
+        dampening=schedules.constant(0.0),
+        offset=0,
+        keep_variables=False,
+        family_of_run="trs",
+    )
+    setting = {"lr": jnp.float32(LR)}
+    state = jax.jit(trainer.begin)(variables, setting, jax.random.key(0))
+    return Training.of(trainer.step, state.replace(extra={arms.SETTING: setting}), batch)
+
+
+def extra_bytes(network: QuantizedNetwork, params: Any) -> tuple[float, float]:
+    """What the transform's state adds to SGD's: bytes a latent weight in arrays, bytes a latent tensor in scalars."""
+    arrays, scalars = {}, {}
     for name in ("SGD", "SGDT"):
-        state = jax.eval_shape(transform(name).init, params)
-        sizes[name] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    leaves = trees.named_leaves(params)
-    weights = sum(np.size(leaves[kernel]) for kernel in network.layers(params))
-    return (sizes["SGDT"] - sizes["SGD"]) / weights
+        leaves = jax.tree.leaves(jax.eval_shape(transform(name).init, params))
+        arrays[name] = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim)
+        scalars[name] = sum(leaf.dtype.itemsize for leaf in leaves if not leaf.ndim)
+    kernels = network.layers(params)
+    weights = sum(np.size(trees.named_leaves(params)[kernel]) for kernel in kernels)
+    return (arrays["SGDT"] - arrays["SGD"]) / weights, (scalars["SGDT"] - scalars["SGD"]) / len(kernels)
 
 
 def main() -> None:
@@ -80,6 +111,8 @@ def main() -> None:
     made: dict[str, Any] = {"float": Training(module, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)}
     for label, name in (("W2A2, SGD", "SGD"), ("W2A2 + TRS", "SGDT")):
         made[label] = Training(network, transform(name), batch, fitted, extra_args=quantizers_of(network))
+    for label, oscillation in ARMS.items():
+        made[label] = arm(network, batch, fitted, oscillation=oscillation)
     if torch_resnet.available():
         images = np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2))
         labels = batch["label"].astype(np.int64)
@@ -96,9 +129,11 @@ def main() -> None:
     training.verdict(
         "overhead, two updates over a step", (alone["SGDT"] - alone["SGD"]) / seconds["W2A2, SGD"], OVERHEAD
     )
-    extra = extra_bytes(network, fitted["params"])
-    scalars = 1e-2  # K, U, R, ... of each tensor, shared by all its weights
-    training.verdict("extra bytes a latent weight", extra, EXTRA_BYTES + scalars)
+    for label in ARMS:
+        print(f"{label}: {processor[label] / processor['W2A2, SGD'] - 1:.3f} above W2A2, SGD by processor")
+    weight, tensor = extra_bytes(network, fitted["params"])
+    training.verdict("extra bytes a latent weight", weight, EXTRA_BYTES)
+    print(f"extra bytes a latent tensor, in scalars: {tensor:.0f}")
     if (peer := PEERS["float"]) in seconds:
         for what, times in (("", seconds), (" by processor", processor)):
             ratio = times[peer] / times["float"]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -155,6 +156,21 @@ def build_rule(config: Config) -> tuple[Callable[[optax.Schedule], optax.Gradien
         return optax.chain(optimizers.clip_by_global_norm(clip), transform) if clip else transform
 
     return rule, accumulate
+
+
+def check_accumulation(config: Config, batch_size: int) -> int:
+    """``accumulate`` of an ``optimizer`` block.
+
+    Raises:
+      ConfigError: a batch of ``batch_size`` can't be cut into as many equal parts on each device.
+    """
+    accumulate, devices = config.positive("accumulate"), jax.device_count()
+    if batch_size % (accumulate * devices):
+        raise ConfigError(
+            f"config.data.batch_size={batch_size} can't be cut into {config.where('accumulate')}={accumulate} equal "
+            f"parts on each of {devices} device(s)"
+        )
+    return accumulate
 
 
 def build_schedule(config: Config, lr: float, steps: int, steps_per_epoch: int) -> optax.Schedule:

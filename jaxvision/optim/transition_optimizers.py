@@ -1,4 +1,8 @@
-"""Optimizers whose transition rate is scheduled: :func:`scale_by_transition_rate` behind the usual directions."""
+"""Optimizers whose transition rate is scheduled: :func:`scale_by_transition_rate` behind the usual directions.
+
+Source: Lee et al., "Scheduling Weight Transitions for Quantization-Aware Training", ICCV 2025, and its official code
+(``custom_optims.py``), which has SGDT and AdamT; U^0 of each is that of the paper's supplement.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -43,6 +47,9 @@ def with_transition_rate(
       direction: the optimizer without its learning rate, such as ``optax.scale_by_lion()``, ``optax.scale_by_rms()`` or
         a chain with weight decay and clipping; it must point uphill, as optax's ``scale_by_*`` do.
       target, code_fn, initial_step_size, control: as :func:`scale_by_transition_rate`.
+
+    Raises:
+      ConfigError: as :func:`scale_by_transition_rate`.
     """
     last = scale_by_transition_rate(target, code_fn, initial_step_size=initial_step_size, **control)
     return optax.with_extra_args_support(optax.chain(direction, last))
@@ -69,6 +76,9 @@ def sgdt(
       momentum, nesterov, weight_decay, decay_mask: as :func:`jaxvision.optim.optimizers.sgd`.
       rate_momentum: ``momentum`` of :func:`scale_by_transition_rate`, m.
       target, code_fn, initial_step_size, control: as :func:`scale_by_transition_rate`.
+
+    Raises:
+      ConfigError: as :func:`scale_by_transition_rate`.
     """
     direction = optax.chain(
         _decay(weight_decay, decay_mask),
@@ -92,7 +102,19 @@ def adamt(
     rate_momentum: float = 0.99,
     **control: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam (PyTorch's: weight decay coupled) with its transition rate scheduled. Args as :func:`sgdt`."""
+    """Adam (PyTorch's: weight decay coupled) with its transition rate scheduled.
+
+    g <- g + weight_decay W;  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+    W <- W - U m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args:
+      b1, b2, eps, weight_decay, decay_mask: as :func:`jaxvision.optim.optimizers.adam`.
+      rate_momentum: ``momentum`` of :func:`scale_by_transition_rate`, m.
+      target, code_fn, initial_step_size, control: as :func:`scale_by_transition_rate`.
+
+    Raises:
+      ConfigError: as :func:`scale_by_transition_rate`.
+    """
     direction = optax.chain(_decay(weight_decay, decay_mask), optax.scale_by_adam(b1, b2, eps))
     control |= {"initial_step_size": initial_step_size, "momentum": rate_momentum}
     return with_transition_rate(direction, target, code_fn, **control)
@@ -112,9 +134,17 @@ def adamwt(
     rate_momentum: float = 0.99,
     **control: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with its transition rate scheduled: W <- W - U weight_decay W - U d. Args as :func:`sgdt`.
+    """AdamW with its transition rate scheduled: W <- W - U (weight_decay W + d), d as in :func:`adamt` without decay.
 
     The paper's AdamWT isn't in the official code; that the decay is scaled by U is our reading.
+
+    Args:
+      b1, b2, eps, weight_decay, decay_mask: as :func:`jaxvision.optim.optimizers.adamw`.
+      rate_momentum: ``momentum`` of :func:`scale_by_transition_rate`, m.
+      target, code_fn, initial_step_size, control: as :func:`scale_by_transition_rate`.
+
+    Raises:
+      ConfigError: as :func:`scale_by_transition_rate`.
     """
     direction = optax.chain(optax.scale_by_adam(b1, b2, eps), _decay(weight_decay, decay_mask))
     control |= {"initial_step_size": initial_step_size, "momentum": rate_momentum}

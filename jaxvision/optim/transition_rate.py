@@ -120,14 +120,15 @@ def scale_by_transition_rate(
       quantizers: overrides what is bound here.
       target_rate: (), overrides R^t.
       element_mask: tree of bool arrays (None: all); weights left out neither move nor count. A tensor without any that
-        counts keeps K and U.
+        counts keeps K and U; a rule's memory is the rule's own matter (its argument ``measured``).
       everything else: for the rule.
 
     Args:
       target: R^t: a schedule of t (:func:`transition_target`) or a number in [0, 1]. At 0 the rules "momentum" and
         "multiplicative" let U go to 0: the weights freeze.
       code_fn: ``code_fn(weight, quantizer)`` -> integer codes, those of the forward pass; None: ``quantizer.codes``.
-      initial_step_size: U^0, the learning rate the plain optimizer would start with. May be traced.
+      initial_step_size: U^0, the learning rate the plain optimizer would start with, within the limits. May be traced,
+        and then isn't compared with them: the first step is taken with it as it is.
       momentum: m of K, and of the rule "momentum". 0.99 remembers 100 steps; runs below 1000 steps want 0.9.
       rule: "momentum", "additive", "multiplicative" or your own: :mod:`jaxvision.optim.transition_rules`.
       eta: gain of the rule "additive"; None: U^0.
@@ -184,6 +185,7 @@ def scale_by_transition_rate(
 
         goal = targets(params, state.count, target_rate, before)
         extra |= {"step_size": step_size, "initial_step_size": jnp.full_like(step_size, initial_step_size)}
+        extra["measured"] = jnp.broadcast_to(measured, step_size.shape)
         extra = transition_rules.accepted(rule.update, extra)
         wanted, memory = rule.update(state.rule_state, goal, running_rate, rate, state.count, **extra)
         held = jnp.clip(wanted, min_step_size, max_step_size)
@@ -321,6 +323,7 @@ def _check_settings(target, initial_step_size, momentum, eta, initial_rate, min_
     low = 0.0 if min_step_size is None else min_step_size
     high = math.inf if max_step_size is None else max_step_size
     if isinstance(low, int | float) and isinstance(high, int | float):
+        check("min_step_size", low, lambda value: value <= high, f"at most max_step_size, which is {high}")
         check("initial_step_size", initial_step_size, lambda value: low <= value <= high, f"from {low} to {high}")
 
 

@@ -8,6 +8,7 @@ R^t, K^t and U^(t-1) give U^t. All are float32 (T,), one entry a latent tensor: 
 all, and a rule may also look across tensors. Of ``extra`` a rule gets what it names, or everything with ``**extra``:
 
     rate               float32 (T,), the unsmoothed k^t
+    measured           bool (T,), whether there is a k^t; where not (no weight counts), U stays whatever a rule says
     initial_step_size  float32 (T,), U^0
     count              int32 (), t
     loss, epoch, ...   every argument of ``update`` that the transformation itself doesn't know
@@ -89,7 +90,9 @@ class TransitionRule(Protocol):
     ) -> tuple[jax.Array, Any]:
         """U^t and the next state, from R^t, K^t, k^t float32 (T,) and t int32 ().
 
-        ``extra`` as for functions, and ``step_size``: U^(t-1) float32 (T,), with the limits applied.
+        ``extra`` as for functions, and ``step_size``: U^(t-1) float32 (T,), with the limits applied. What is
+        remembered of a tensor should stay where ``measured`` is False: K stands still there, and a sum of its
+        distance from R would wind up. (Of steps at which nothing is measured the state isn't kept at all.)
         """
         ...
 

@@ -212,6 +212,25 @@ def test_masked_elements_neither_move_nor_count():
     assert float(state.step_size["b"]) == 1.0 and float(state.running_rate["b"]) == np.float32(0.1)
 
 
+def test_rules_with_memory_are_told_what_was_measured():
+    """K of a tensor without a weight that counts stays away from R: a sum of the difference would wind up."""
+
+    class Sum:
+        def init(self, initial_step_size):
+            return jnp.zeros_like(initial_step_size)
+
+        def update(self, state, target, running_rate, rate, count, *, measured, step_size, **extra):
+            return step_size, state + jnp.where(measured, target - running_rate, 0)
+
+    params = {"a": jnp.ones(4), "b": jnp.ones(4)}
+    mask = {"a": None, "b": jnp.zeros(4, bool)}
+    transform = scale_by_transition_rate(0.5, signs, initial_step_size=0.1, initial_rate=0.25, rule=Sum())
+    history = run(transform, params, [jax.tree.map(jnp.zeros_like, params)] * 4, element_mask=mask)
+    sums = np.asarray([state.rule_state for _, state in history])
+    assert (np.diff(sums[:, 0]) > 0.2).all() and (sums[:, 1] == 0).all()
+    assert float(history[-1][1].running_rate["b"]) == 0.25
+
+
 def test_targets_per_layer_and_from_outside():
     params = {"a": weights(10), "b": weights(10)}
     transform = scale_by_transition_rate(
@@ -341,6 +360,10 @@ def test_any_direction():
         ({"labels": {"a": 1}}, "labels given"),
         ({"max_step_size": 0.05}, "initial_step_size is 0.1, but must be from 0.0 to 0.05"),
         ({"min_step_size": 0.5}, "must be from 0.5 to inf"),
+        (
+            {"initial_step_size": jnp.float32(0.1), "min_step_size": 0.5, "max_step_size": 0.2},
+            "min_step_size is 0.5, but must be at most max_step_size, which is 0.2",
+        ),
         ({"rule": "aditive"}, "did you mean 'additive'"),
         ({"eta": 0.1}, "eta=0.1 is the gain of the rule 'additive'"),
         ({"rule": 3}, "rule=3 must be one of momentum, additive"),

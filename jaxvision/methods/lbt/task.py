@@ -163,14 +163,10 @@ def _choices(config: Config, steps_per_epoch: int) -> Choices:
 
 
 def _optimizers(config: Config, steps: int, steps_per_epoch: int) -> Optimizers:
-    rule, accumulate = recipes.build_rule(config.optimizer)
+    rule, _ = recipes.build_rule(config.optimizer)
     config.optimizer.positive("lr")
     shape = recipes.build_schedule(config.optimizer.schedule, 1.0, steps, steps_per_epoch)
-    if config.data.batch_size % (accumulate * jax.device_count()):
-        raise ConfigError(
-            f"config.data.batch_size={config.data.batch_size} can't be cut into config.optimizer.accumulate="
-            f"{accumulate} equal parts on each of {jax.device_count()} device(s)"
-        )
+    accumulate = recipes.check_accumulation(config.optimizer, config.data.batch_size)
     return Optimizers(rule, config.positive("scale_lr", zero=True), shape, accumulate)
 
 

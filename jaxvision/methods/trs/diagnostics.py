@@ -66,13 +66,13 @@ def distance(params: Any, quantizers: Any) -> dict[str, Mean]:
     return {"weights/distance": Mean(sum(value * size for value, size in found), _count(found))} if found else {}
 
 
-def controller(opt_state: Any, *, scheduled: bool) -> dict[str, Mean]:
-    """What the detector of oscillation and (``scheduled``) the controller of transition rates hold.
+def controller(opt_state: Any, *, scheduled: bool, oscillation: bool) -> dict[str, Mean]:
+    """What the detector of ``oscillation`` and (``scheduled``) the controller of transition rates hold.
 
     ``weights/oscillating``, ``weights/frozen``: fractions, mean over layers; ``running_rate/<layer>`` K,
     ``step_size/<layer>`` U; ``weights/limited``: fraction of layers whose U is held at a limit.
     """
-    seen = oscillation_metrics(opt_state)
+    seen = oscillation_metrics(opt_state) if oscillation else {}
     if scheduled:
         seen |= transition_metrics(opt_state)
     metrics = {

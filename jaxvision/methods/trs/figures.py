@@ -51,6 +51,9 @@ def step_size(run: Run, results: Results, chosen: Sequence[Chosen], path: Path) 
         steps = range(0, way.steps, max(way.steps // 200, 1))
         plain = [initial * float(trainer.recipe.shape(step)) for step in steps]
         axes.plot(steps, plain, color="black", ls="--", lw=1, label="plain LR")
+        for limit in ("min_step_size", "max_step_size"):
+            if trainer.variant.scheduled and (value := trainer.recipe.control.get(limit)):
+                axes.axhline(value, color="0.5", ls=":", lw=1, label=limit)
         axes.set(title=f"{way.name}, initial {initial:g}", xlabel="step", ylabel="step size U", yscale="log")
         axes.set_ylim(initial * 1e-3, None)
         axes.legend(fontsize=7)

@@ -73,6 +73,7 @@ class Recipe:
       eta: gain of the rule "additive"; None: U^0.
       freezing: threshold as a function of t.
       freezing_momentum: of the frequency of oscillation.
+      oscillation: measure it in every arm, at 11 bytes a latent weight; the arm that freezes always does.
     """
 
     shape: optax.Schedule
@@ -89,6 +90,11 @@ class Recipe:
     eta: float | None = None
     freezing: optax.Schedule = field(default_factory=lambda: schedules.constant(0.01))
     freezing_momentum: float = 0.01
+    oscillation: bool = True
+
+    def measures_oscillation(self, variant: Variant) -> bool:
+        """Whether an arm's optimizer has a detector of oscillation in it."""
+        return self.oscillation or variant.remedy == "freezing"
 
 
 def build(
@@ -119,13 +125,14 @@ def build(
         moving = _scheduled(variant, recipe, lr)
     else:
         moving = whole
-    # Measures oscillation in every arm and freezes in one.
-    threshold = recipe.freezing if variant.remedy == "freezing" else None
-    held = freeze_oscillating(
-        threshold=threshold, momentum=recipe.freezing_momentum, latent_fn=_grid_point if threshold else None
-    )
+    if recipe.measures_oscillation(variant):
+        threshold = recipe.freezing if variant.remedy == "freezing" else None
+        held = freeze_oscillating(
+            threshold=threshold, momentum=recipe.freezing_momentum, latent_fn=_grid_point if threshold else None
+        )
+        moving = optax.chain(moving, held)
     groups = {
-        "latent": optax.chain(moving, held),
+        "latent": moving,
         "float": whole,
         "norm": plain(lr, momentum=0.0, decay=0.0, name=name),
         "scale": plain(recipe.scale_lr, momentum=0.0, decay=0.0, name=name),

@@ -184,7 +184,7 @@ def _figures(run: Run, results: Results, chosen: Sequence[Chosen]) -> tuple[Figu
             (
                 "step_size",
                 draw(figures.step_size, run, results, chosen),
-                "Step size U of each layer; dashed: plain LR.",
+                "Step size U of each layer; dashed: plain LR; dotted: the limits of U, where there are any.",
             ),
             (
                 "movement",

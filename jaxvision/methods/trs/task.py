@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxvision.core import name_rules, trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine import arms, recipes, supervised
@@ -25,10 +26,11 @@ from jaxvision.methods.trs.variants import Variant
 from jaxvision.models import zoo
 from jaxvision.models.quantized import QuantizedNetwork
 from jaxvision.optim import schedules, transition_rules
+from jaxvision.optim.transition_rate import GRANULARITIES
 from jaxvision.optim.transition_target import initial_target
 
 FLOAT = "float"
-LIMITS = ("initial_rate", "min_step_size", "max_step_size")
+LIMITS = ("min_step_size", "max_step_size")
 
 
 def make(config: Config) -> Task:
@@ -71,6 +73,7 @@ def _float_arm(config: Config, model: recipes.Model, per_epoch: int, *, loaded: 
     epochs = config.float.positive("epochs", zero=True)
     steps = max(schedules.epochs_to_steps(epochs, per_epoch), 1)
     optimizer = recipes.build_optimizer(config.float.optimizer, steps, per_epoch)
+    recipes.check_accumulation(config.float.optimizer, config.data.batch_size)
     if loaded:
         return ()
     if not epochs:
@@ -108,7 +111,7 @@ def _trainers(
         "image": model.image,
         "images": _calibration(config, data),
         "smoothing": config.optimizer.positive("label_smoothing", zero=True),
-        "accumulate": config.optimizer.positive("accumulate"),
+        "accumulate": recipes.check_accumulation(config.optimizer, config.data.batch_size),
         "dampening": _rising(config.dampening.positive("weight", zero=True), steps),
     }
     if fitted:
@@ -118,6 +121,7 @@ def _trainers(
         for name in dict.fromkeys(variant.family for variant in chosen)
     }
     scaled, made = config.transition.one_of("scale_with_bits", (True, False)), []
+    control, labels = recipe.control, _labels(config.transition, model)
     for index, variant in enumerate(chosen):
         network = networks[variant.family]
         training.check_remedy(variant, network, model.image)
@@ -126,7 +130,7 @@ def _trainers(
             Trainer(
                 variant,
                 network,
-                recipe=dataclasses.replace(recipe, target_factors=factors),
+                recipe=dataclasses.replace(recipe, target_factors=factors, control=control | labels(network)),
                 offset=offset + index * steps,
                 keep_variables=variant.name == config.export,
                 **common,
@@ -149,7 +153,12 @@ def _with_target(
             "set config.quantization.weight_bits"
         )
     widest = max(bits.values())
-    target = initial_target(variant.target, widest, scale_with_bits=scaled)
+    try:
+        target = initial_target(variant.target, widest, scale_with_bits=scaled)
+    except ConfigError as error:
+        raise ConfigError(
+            f"config.transition.target, or what {variant.name!r} in config.arms names: {error}"
+        ) from error
     factors = {name: (width / widest) ** 0.5 for name, width in bits.items()} if scaled else {}
     return dataclasses.replace(variant, target=target), factors
 
@@ -193,27 +202,74 @@ def _with_family(config: Config, family: str) -> Config:
 
 
 def _recipe(config: Config, steps: int, per_epoch: int) -> optimizers.Recipe:
-    block, control = config.optimizer, config.transition
+    block, control, freezing = config.optimizer, config.transition, config.freezing
     shape = recipes.build_schedule(block.schedule, 1.0, steps, per_epoch)
-    freezing = config.freezing
-    low, high = freezing.positive("end"), freezing.positive("start")
-    given = {name: getattr(control, name) for name in LIMITS}
-    granularity = control.one_of("granularity", ("tensor", "model"))
+    low, high = _below_one(freezing, "end"), _below_one(freezing, "start")
+    limits = {name: _optional(control, name, zero=name == "min_step_size") for name in LIMITS}
+    if None not in limits.values() and limits["min_step_size"] > limits["max_step_size"]:
+        raise ConfigError(
+            f"{control.where('min_step_size')}={limits['min_step_size']} is above {control.where('max_step_size')}="
+            f"{limits['max_step_size']}; swap them, or leave one out"
+        )
+    initial_rate = _optional(control, "initial_rate", zero=True)
+    if initial_rate is not None and initial_rate > 1:
+        raise ConfigError(
+            f"{control.where('initial_rate')}={initial_rate} must be at most 1, as rates are fractions of the weights"
+        )
+    given = {**limits, "initial_rate": initial_rate}
+    granularity = control.one_of("granularity", GRANULARITIES)
     return optimizers.Recipe(
         shape,
-        momentum=block.positive("momentum", zero=True),
+        momentum=_below_one(block, "momentum", zero=True),
         nesterov=block.one_of("nesterov", (True, False)),
-        b1=block.positive("b1", zero=True),
-        b2=block.positive("b2", zero=True),
+        b1=_below_one(block, "b1", zero=True),
+        b2=_below_one(block, "b2", zero=True),
         eps=block.positive("eps"),
         weight_decay=float(block.positive("weight_decay", zero=True)),
         scale_lr=float(block.positive("scale_lr", zero=True)),
         control={"granularity": granularity, **{name: value for name, value in given.items() if value is not None}},
-        rate_momentum=control.positive("momentum", zero=True),
-        eta=control.eta,
+        rate_momentum=_below_one(control, "momentum", zero=True),
+        eta=_optional(control, "eta"),
         freezing=schedules.cosine(high, max(steps, 1), end=low),
-        freezing_momentum=freezing.positive("momentum"),
+        freezing_momentum=_below_one(freezing, "momentum"),
+        oscillation=config.one_of("oscillation", (True, False)),
     )
+
+
+def _below_one(config: Config, key: str, *, zero: bool = False) -> float:
+    """A field above 0 (or, with ``zero``, at least 0) and below 1."""
+    value = config.positive(key, zero=zero)
+    if not value < 1:
+        raise ConfigError(f"{config.where(key)}={value!r} must be below 1")
+    return value
+
+
+def _optional(config: Config, key: str, *, zero: bool = False) -> float | None:
+    """A field that may be None, else a number above 0 (or, with ``zero``, at least 0)."""
+    return None if getattr(config, key) is None else config.positive(key, zero=zero)
+
+
+def _labels(control: Config, model: recipes.Model) -> Callable[[QuantizedNetwork], dict[str, Any]]:
+    """From a network to the argument ``labels`` of its transition rates; there is none unless rates are a label's."""
+    patterns, where = control.words("labels"), control.where("labels")
+    if (control.granularity == "label") != bool(patterns):
+        raise ConfigError(
+            f"{where}={patterns!r}, but {control.where('granularity')}={control.granularity!r}: regular expressions of "
+            "kernels that share a rate go with 'label', and only with it"
+        )
+
+    def label(name: str, _: Any) -> str:
+        index = name_rules.first(patterns, name)
+        return name if index is None else patterns[index]
+
+    def of(network: QuantizedNetwork) -> dict[str, Any]:
+        if not patterns:
+            return {}
+        layers = network.check(model.image)
+        name_rules.check(where, patterns, [name for name, layer in layers.items() if layer.bits.weight is not None])
+        return {"labels": functools.partial(trees.map_named, label)}
+
+    return of
 
 
 def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> dict[str, tuple[float, ...]]:
@@ -228,4 +284,17 @@ def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> 
                 f"{where}={found} has several learning rates, but config.data.validation_size is 0, so that there is "
                 "nothing to choose one on; hold images out, or leave one rate"
             )
+    for trainer in trainers:
+        _check_limits(config, trainer.variant, rates[trainer.variant.optimizer])
     return rates
+
+
+def _check_limits(config: Config, variant: Variant, rates: tuple[float, ...]) -> None:
+    """Raises ConfigError where a scheduled arm would start with a step size beyond its limits."""
+    low, high = (getattr(config.transition, name) for name in LIMITS)
+    beyond = [r for r in rates if (low is not None and r < low) or (high is not None and r > high)]
+    if variant.scheduled and beyond:
+        raise ConfigError(
+            f"{config.grid.where(variant.optimizer)}={rates} has {beyond[0]:g}, with which {variant.name!r} would "
+            f"start beyond config.transition.min_step_size={low} or max_step_size={high}; change one of the two"
+        )

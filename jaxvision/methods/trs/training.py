@@ -148,7 +148,7 @@ class Trainer:
 
     def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         """One step of supervised training, and what it did to the weights."""
-        quantizers = lambda params: self.network.quantizers(params)  # noqa: E731
+        quantizers, before = self.network.quantizers, self.network.quantizers(state.params)
         weight = self.dampening(state.step - self.offset)
         train = supervised.train_step(
             self.network,
@@ -158,13 +158,17 @@ class Trainer:
             penalty=(lambda params, _: weight * diagnostics.dampening(params, quantizers(params)))
             if self.variant.remedy == "dampening"
             else None,
-            extra_args=lambda params, _: {"quantizers": quantizers(params)},
+            extra_args=lambda *_: {"quantizers": before},
         )
         new, metrics = train(state, batch, key)
-        fitted = quantizers(new.params)
-        metrics |= diagnostics.transitions(state.params, quantizers(state.params), new.params, fitted)
-        metrics |= diagnostics.distance(new.params, fitted)
-        return new, metrics | diagnostics.controller(new.opt_state, scheduled=self.variant.scheduled)
+        after = quantizers(new.params)
+        metrics |= diagnostics.transitions(state.params, before, new.params, after)
+        metrics |= diagnostics.distance(new.params, after)
+        return new, metrics | diagnostics.controller(
+            new.opt_state,
+            scheduled=self.variant.scheduled,
+            oscillation=self.recipe.measures_oscillation(self.variant),
+        )
 
     def keep(self, state: State) -> dict[str, Any]:
         """Histograms of the latent weights, and the network where it is asked for."""

@@ -1,11 +1,14 @@
 """Groups of parameters: who gets which rate, decay and momentum, and what stands still."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jaxvision.core import trees
 from jaxvision.methods.trs import optimizers
 from jaxvision.methods.trs.optimizers import Recipe
 from jaxvision.methods.trs.variants import parse
@@ -114,6 +117,35 @@ def test_with_scheduled_rates_the_kernels_scale_stands_still_and_the_kernel_foll
     np.testing.assert_allclose(
         metrics["step_size/block/conv/kernel"], transition_metrics(memory)["step_size/w"], rtol=1e-6
     )
+
+
+def test_kernels_of_a_label_share_a_rate_among_other_groups():
+    """Two of two codes flip in one kernel, none of six in the other: a quarter in both."""
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(6), "bias": jnp.ones(1)}}
+    quantizers = {"a": {"kernel": TRSWeight(jnp.float32(2.0), 1)}, "b": {"kernel": TRSWeight(jnp.float32(2.0), 1)}}
+    quantizers["b"]["bias"] = None
+    control = {"granularity": "label", "labels": functools.partial(trees.map_named, lambda name, _: "both")}
+    recipe = Recipe(lambda count: 1.0, oscillation=False, control=control)
+    transform = optimizers.build(parse("sgdt", **DEFAULTS), recipe, ("a/kernel", "b/kernel"), 1.0)
+    gradient = jax.tree.map(jnp.zeros_like, params)
+    gradient["a"]["kernel"] = jnp.full(2, 5.0)
+    updates, state = transform.update(gradient, transform.init(params), params, quantizers=quantizers)
+    params = optax.apply_updates(params, updates)
+    _, state = transform.update(gradient, state, params, quantizers=quantizers)
+    rates = transition_metrics(state)
+    assert float(rates["rate/a/kernel"]) == float(rates["rate/b/kernel"]) == 0.25
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgdt", "freezing"])
+def test_oscillation_is_measured_where_it_is_asked_for_or_needed(name):
+    recipe = Recipe(RECIPE.shape, oscillation=False)
+    without, whole = (
+        jax.eval_shape(optimizers.build(parse(name, **DEFAULTS), each, LATENT, 0.1).init, PARAMS)
+        for each in (recipe, RECIPE)
+    )
+    size = lambda state: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)  # noqa: E731
+    weights = PARAMS["block"]["conv"]["kernel"].size
+    assert size(whole) - size(without) == (0 if name == "freezing" else 11 * weights)
 
 
 def test_targets_have_factors_for_the_bits():

@@ -1,5 +1,6 @@
 """The configuration's road to arms: presets at full size, where a run starts, and every mistake in one sentence."""
 
+import functools
 import importlib
 
 import jax
@@ -13,7 +14,8 @@ from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import arms
 from jaxvision.engine.quantization import build_network
 from jaxvision.main import make_task
-from jaxvision.methods.trs import optimizers, training, weights
+from jaxvision.methods.trs import optimizers, training, variants, weights
+from jaxvision.methods.trs import task as trs_task
 from jaxvision.methods.trs.variants import parse
 from jaxvision.models import weight_file, zoo
 from jaxvision.optim import schedules
@@ -39,26 +41,62 @@ def task(**changes):
 
 
 @pytest.mark.parametrize("preset", [*IMAGENET, "cifar100_resnet20", "cifar10_subset"])
-def test_presets_build_at_full_size_and_their_optimizer_fits(preset):
-    """Shapes only: the quantized network, its forward pass, the groups and the state of the scheduled arm."""
+def test_presets_train_at_full_size(preset):
+    """Shapes only: the quantized network, the groups of its parameters, start and step of the exported arm."""
     config = Config(CONFIGS.get_config(preset).to_dict())
     module = zoo.build(config.model.name, num_classes=10, **config.model.settings.to_dict())
-    image = np.zeros((1, *zoo.spec(config.model.name).input_size, 3), np.float32)
+    images = np.zeros((2, *zoo.spec(config.model.name).input_size, 3), np.float32)
+    image = images[:1]
     network = build_network(config.quantization, module, image)
-    shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
-    assert jax.eval_shape(network.apply, shapes, image).shape == (1, 10)
     layers = network.check(image)
     assert len(layers) == {"resnet18": 19, "mobilenet_v2": 51, "resnet20": 18}.get(config.model.name, 48)
     signed = [name for name, layer in layers.items() if layer.input.settings.get("signed")]
     assert len(signed) == {"resnet18": 0, "mobilenet_v2": 17, "resnet20": 0}.get(config.model.name, 48)
-    groups = set(
-        jax.tree.leaves(optimizers.labels(shapes["params"], tuple(layers), freeze_scales=True), is_leaf=callable)
-    )
-    assert {"latent", "float", "norm", "scale", "frozen"} == groups
-    name = next(name for name in config.arms if name.split("_")[0].endswith("t"))
-    variant = parse(name, family="trs", baseline="sgd", target=5e-3, rule="momentum")
-    transform = optimizers.build(variant, optimizers.Recipe(schedules.constant(1.0)), tuple(layers), 0.1)
-    jax.eval_shape(transform.init, shapes["params"])
+
+    variant = parse(config.export, family="trs", baseline=config.baseline, target=5e-3, rule="momentum")
+    trainer = training.Trainer(
+        variant, network, image, optimizers.Recipe(schedules.constant(1.0), oscillation=config.oscillation),
+        lambda: images, 0.1, 1, schedules.constant(0.0), 0, False, "trs",
+    )  # fmt: skip
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    setting = {"lr": jnp.float32(0.1)}
+    fresh = jax.eval_shape(functools.partial(module.init, train=False), key, image)
+    begin = lambda variables, key: trainer.begin(variables, setting, key)  # noqa: E731
+    state = jax.eval_shape(begin, fresh, key).replace(extra={arms.SETTING: setting})
+    new, metrics = jax.eval_shape(trainer.step, state, {"image": images, "label": np.zeros(2, np.int32)}, key)
+    assert kinds(new) == kinds(state)
+    assert len([name for name in metrics if name.startswith("step_size/")]) == len(layers)
+    assert ("weights/oscillating" in metrics) == (preset not in IMAGENET)
+    groups = optimizers.labels(state.params, tuple(layers), freeze_scales=True)
+    assert {"latent", "float", "norm", "scale", "frozen"} == set(jax.tree.leaves(groups))
+
+
+@functools.cache
+def every_arm():
+    """The stages of a run with all arms of the default configuration, by name, and the state they start from."""
+    built = task(arms=CONFIGS.ARMS, export="")
+    key = jax.eval_shape(lambda: rng.key(0, ""))
+    state = jax.eval_shape(built.stages[0].begin, jax.eval_shape(built.init, key), key)
+    return {stage.name: stage for stage in built.stages}, state, key
+
+
+@pytest.mark.parametrize("name", CONFIGS.ARMS)
+def test_every_arm_of_the_default_run_begins_and_steps(name):
+    stages, start, key = every_arm()
+    stage = stages[name]
+    # Arms in between hand on the start, which is the float network's.
+    start = start.replace(extra={arms.START: {"params": start.params, **start.model_state}})
+    state = jax.eval_shape(stage.begin, start, key)
+    new, metrics = jax.eval_shape(stage.step, state, stage.data.batch_at(0), key)
+    assert kinds(new) == kinds(state)
+    scheduled = name.split("_")[0] in variants.SCHEDULED
+    assert ("step_size/conv2_0" in metrics) == scheduled and "rate/conv2_0" in metrics
+    assert ("penalty" in metrics) == (name == "dampening")
+
+
+def kinds(tree):
+    """Structure, shapes and types: what a second step must find as the first one did, not to be compiled again."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
 
 
 def test_stages_are_the_float_network_and_the_arms():
@@ -81,6 +119,19 @@ def test_lsq_has_two_levels_of_weights_at_one_bit():
     state = jax.eval_shape(begin, jax.eval_shape(built.stages[0].begin, jax.eval_shape(built.init, key), key), key)
     layer = state.params["conv3"]
     assert set(layer) == {"kernel", "input_scale"}
+
+
+def test_a_label_is_the_first_regular_expression_that_finds_a_kernel():
+    config = Config(CONFIGS.get_config("smoke").to_dict())
+    module = zoo.build(config.model.name, num_classes=10, **config.model.settings.to_dict())
+    image = np.zeros((1, 8, 8, 1), np.float32)
+    model = weights.Model("plain_cnn", module, image)
+    network = build_network(config.quantization, module, image)
+    control = Config({"granularity": "label", "labels": ("3/", "v[23]/")}, "config.transition")
+    labels = trs_task._labels(control, model)(network)["labels"]
+    assert labels({"conv2": {"kernel": 0}, "conv3": {"kernel": 0}, "conv4": {"kernel": 0}}) == {
+        "conv2": {"kernel": "v[23]/"}, "conv3": {"kernel": "3/"}, "conv4": {"kernel": "conv4/kernel"},
+    }  # fmt: skip
 
 
 def test_targets_scale_with_the_bits_of_each_layer():
@@ -126,13 +177,44 @@ def test_targets_scale_with_the_bits_of_each_layer():
         ({"data__validation_size": 0}, "validation_size is 0, so that there is nothing to choose one on"),
         ({"float__epochs": 0.0}, "quantized training starts from a trained float network"),
         ({"calibration_images": 513}, "config.calibration_images=513 is more than the 512 of the training split"),
-        ({"transition__target": 2.0, "arms": ("sgdt",), "export": ""}, "a rate is the fraction of weights"),
+        (
+            {"transition__target": 2.0, "arms": ("sgdt",), "export": ""},
+            "config.transition.target, .*'sgdt'.*a rate is the",
+        ),
         ({"transition__rule": "momentun"}, "config.transition.rule='momentun' is unknown; did you mean 'momentum'"),
         ({"transition__granularity": "layer"}, "config.transition.granularity='layer' is not one of"),
+        (
+            {"transition__granularity": "label"},
+            r"config.transition.labels=\(\), but config.transition.granularity='label'",
+        ),
+        ({"transition__labels": ("conv",)}, r"labels=\('conv',\), but config.transition.granularity='tensor'"),
+        (
+            {"transition__granularity": "label", "transition__labels": ("conv9",)},
+            "config.transition.labels has 'conv9', which matches no layer",
+        ),
+        ({"transition__momentum": 1.0}, "config.transition.momentum=1.0 must be below 1"),
+        ({"transition__initial_rate": 1.5}, "config.transition.initial_rate=1.5 must be at most 1"),
+        ({"transition__eta": 0.0}, "config.transition.eta=0.0 must be a number above 0"),
+        (
+            {"transition__max_step_size": 0.015},
+            r"config.grid.sgd=\(0.01, 0.02\) has 0.02, .*'sgdt'.*max_step_size=0.015",
+        ),
+        ({"transition__min_step_size": 0.015}, r"config.grid.sgd=\(0.01, 0.02\) has 0.01, .*min_step_size=0.015"),
+        (
+            {"transition__min_step_size": 0.2, "transition__max_step_size": 0.1},
+            "config.transition.min_step_size=0.2 is above config.transition.max_step_size=0.1",
+        ),
+        ({"optimizer__b1": 1.0}, "config.optimizer.b1=1.0 must be below 1"),
+        ({"freezing__start": 5.0}, "config.freezing.start=5.0 must be below 1"),
+        ({"freezing__momentum": 1.0}, "config.freezing.momentum=1.0 must be below 1"),
+        ({"optimizer__accumulate": 3}, "batch_size=64 can't be cut into config.optimizer.accumulate=3 equal parts"),
+        ({"float__optimizer__accumulate": 3}, "can't be cut into config.float.optimizer.accumulate=3 equal parts"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_mistakes_are_one_sentence_before_anything_compiles(changes, message):
+    if any(name.startswith("transition__") for name in changes):
+        changes = {"arms": ("sgdt",), "export": "", **changes}
     with pytest.raises(ConfigError, match=message) as error:
         task(**changes)
     assert "\n" not in str(error.value)
