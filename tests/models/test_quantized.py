@@ -156,9 +156,7 @@ def test_the_first_rule_that_matches_counts(images):
 
 
 def test_a_rule_that_matches_nothing_is_an_error(images):
-    with pytest.raises(
-        ConfigError, match=r"'layer9', which matches no layer .*; kernels are called conv1/kernel"
-    ):
+    with pytest.raises(ConfigError, match=r"'layer9', which matches no layer .*; kernels are called conv1/kernel"):
         resnet(rules=(Rule("layer9", None),)).check(images)
 
 
