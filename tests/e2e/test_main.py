@@ -198,9 +198,20 @@ def test_mistakes_of_a_sweep_exit_64(sweep, mistake, tmp_path, capsys):
     assert not sweep.ran
 
 
-def test_two_processes_over_loopback_train_the_same_run(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "rounding"),
+    [
+        (("--config=configs/classification.py:smoke", "--config.tensorboard=False"), {"rel": 1e-3, "abs": 1e-5}),
+        # Its steps are Python functions. Near ties a rounded code may flip. Slow: 40 s of processor time.
+        pytest.param(
+            ("--config=configs/igq_vit.py:smoke", "--config.methods=('igq_alloc8',)"),
+            {"rel": 0.01, "abs": 0.02},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_two_processes_over_loopback_train_the_same_run(flags, rounding, tmp_path):
     """Two hosts of one device each (launch/local.sh) give the metrics of one host with two devices, to rounding."""
-    flags = ("--config=configs/classification.py:smoke", "--config.tensorboard=False")
     done = subprocess.run(
         ["bash", "launch/local.sh", *flags, f"--workdir={tmp_path / 'two'}"],
         cwd=ROOT,
@@ -221,4 +232,4 @@ def test_two_processes_over_loopback_train_the_same_run(tmp_path):
     for left, right in zip(rows("one"), rows("two")):
         numbers = {key: value for key, value in left.items() if isinstance(value, float)}
         assert left.keys() == right.keys()
-        assert {key: right[key] for key in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+        assert {key: right[key] for key in numbers} == pytest.approx(numbers, **rounding)
