@@ -20,9 +20,14 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jaxvision.core.errors import ConfigError, JaxvisionError, StorageError, unknown
+from jaxvision.core.errors import ConfigError, JaxvisionError, Preempted, StorageError, unknown
 
-STORAGE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+STORAGE_TROUBLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    **dict.fromkeys((errno.EROFS, errno.EIO), "repair the storage"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the permission"),
+}
+"""What the person can do about an error of the file system."""
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, with a preset after a colon.")
@@ -50,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in STORAGE_TROUBLE:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"jaxvision: {error.strerror}{where}; make room, and the same command continues", file=sys.stderr)
+        advice = STORAGE_TROUBLE[error.errno]
+        print(f"jaxvision: {error.strerror}{where}; {advice}, and the same command continues", file=sys.stderr)
         return StorageError.exit_code
 
 
@@ -80,6 +86,7 @@ def run(values: dict[str, Any], name: str) -> int:
     # Imported here so that --help and --print_config answer at once.
     from jaxvision.core.config import Config
     from jaxvision.engine import loop, parallel, plan, report, runinfo
+    from jaxvision.engine.interrupt import Interrupt
     from jaxvision.engine.lock import RunLock
     from jaxvision.engine.options import Options
     from jaxvision.engine.progress import Progress
@@ -97,18 +104,24 @@ def run(values: dict[str, Any], name: str) -> int:
     runinfo.prepare(directory)
     with RunLock(directory, enabled=first_host):
         if first_host:
-            runinfo.record(directory, values, runinfo.describe(runinfo.command_line(), options.seed))
+            runinfo.check(directory, values)
         if (directory / "results.json").exists():
             if first_host:
                 print((directory / "report.md").read_text())
                 print(f"This run is finished; its report is {directory / 'report.md'}.")
             return 0
-        with Progress(first_host) as progress:
-            results = loop.run(task, options, directory, devices, progress)
+        planned = plan.Plan(task, options, devices)
         if first_host:
-            made = task.report(results)
-            report.write(made, directory)
-            report.show(made, directory)
+            runinfo.record(directory, values, runinfo.describe(runinfo.command_line(), options.seed))
+        with Interrupt() as interrupt:
+            with Progress(first_host) as progress:
+                results = loop.run(task, options, directory, devices, progress, plan=planned, interrupt=interrupt)
+            if first_host:
+                where = f"while it made the report; all steps are saved in {directory}, the same command makes it again"
+                with interrupt.at_once(where):
+                    made = task.report(results)
+                    report.write(made, directory)
+                report.show(made, directory)
     return 0
 
 
@@ -161,5 +174,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def _leave(code: int) -> None:
+    """Ends the process with its exit code; once all is saved at a signal, without waiting for threads.
+
+    A method may build ahead on threads (a row of a table takes a minute), and Python would wait for them, while the
+    cluster counts the seconds from its signal. Several processes leave JAX's service together, in order.
+    """
+    if code == Preempted.exit_code and NUM_PROCESSES.value is None and not MULTIHOST.value:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

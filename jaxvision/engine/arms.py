@@ -181,6 +181,7 @@ def stage(
         begin=begin,
         evals={name: Eval(batches, evaluate, every) for name, batches in evals.items()},
         compiled=how != "call",
+        traceable=True,
         schedules=arm.schedules,
         quickly=arm.steps < SHORT,
         stream=arm.name if arm.pretrains else STREAM,

@@ -1,10 +1,14 @@
 """SIGTERM and SIGINT end a run at the next step boundary, with its state saved; a second one ends it at once."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
 import numpy as np
+
+from jaxvision.core.errors import Preempted
 
 
 class Interrupt:
@@ -15,6 +19,7 @@ class Interrupt:
     def __init__(self):
         self.received: int | None = None
         self._previous: dict[int, object] = {}
+        self._at_once = ""
 
     def __enter__(self) -> "Interrupt":
         for number in self.SIGNALS:
@@ -29,6 +34,23 @@ class Interrupt:
         self.received = number
         for other in self.SIGNALS:
             signal.signal(other, signal.SIG_DFL)
+        if self._at_once:
+            raise Preempted(f"stopped by {self.name} {self._at_once}")
+
+    @contextlib.contextmanager
+    def at_once(self, where: str) -> Iterator[None]:
+        """Inside, a signal raises Preempted wherever the program stands: for work that a new start does again.
+
+        Args:
+          where: goes on the sentence "stopped by SIGTERM ...".
+        """
+        if self.received is not None:
+            raise Preempted(f"stopped by {self.name} {where}")
+        self._at_once = where
+        try:
+            yield
+        finally:
+            self._at_once = ""
 
     def requested(self, synchronize: bool) -> bool:
         """Should the run stop here? Over several hosts all must answer alike, so they ask each other.

@@ -3,9 +3,14 @@
 At each step boundary, in this order: a row for metrics.jsonl if it is time, evaluations if it is time, a
 checkpoint if it is time. A checkpoint holds the state, the metric sums since the last row, and how many rows had
 been written, so a run that is killed anywhere and started again writes the same rows and ends in the same state.
+
+A signal is answered at step boundaries, and between the batches of an evaluation: its step is then saved without the
+evaluation's rows, and the next start begins by evaluating.
 """
 
+import contextlib
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvision.core import rng, trees
-from jaxvision.core.errors import NonFiniteError, Preempted, StorageError
+from jaxvision.core.errors import NonFiniteError, Preempted
 from jaxvision.engine import evaluate
 from jaxvision.engine.checkpoint import Checkpoints
 from jaxvision.engine.interrupt import Interrupt
@@ -25,43 +30,87 @@ from jaxvision.engine.plan import Plan, training_step, zero_sums
 from jaxvision.engine.prefetch import prefetch
 from jaxvision.engine.progress import Progress, brief
 from jaxvision.engine.report import Results
-from jaxvision.engine.task import Stage, Task
+from jaxvision.engine.runinfo import CHECKPOINTS
+from jaxvision.engine.task import Batch, Eval, EvalData, Metrics, Stage, Task
 from jaxvision.engine.tensorboard import Events
 
 
-def run(task: Task, options: Options, directory: Path, parallel: Parallel, progress: Progress) -> Results:
+def run(
+    task: Task,
+    options: Options,
+    directory: Path,
+    parallel: Parallel,
+    progress: Progress,
+    *,
+    plan: Plan | None = None,
+    interrupt: Interrupt | None = None,
+) -> Results:
     """Runs the task in a prepared, locked directory, from its newest good checkpoint or from the start.
+
+    Args:
+      task, options, directory, parallel, progress: what is run, how, where and on what.
+      plan: of this task, where it has been made already.
+      interrupt: that watches for signals already.
 
     Raises:
       Preempted: a signal came; the state was saved.
       NonFiniteError: a metric or the state became NaN or infinite; nothing bad was saved.
       StorageError: the directory can't be written, or none of its checkpoints verifies.
     """
-    with Interrupt() as interrupt, _Run(task, options, directory, parallel, progress, interrupt) as loop:
-        return loop.everything()
+    plan = Plan(task, options, parallel) if plan is None else plan
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt()) if interrupt is None else interrupt
+        return stack.enter_context(_Run(plan, options, directory, parallel, progress, interrupt)).everything()
+
+
+class _Interrupted(Exception):
+    """A signal came between the batches of an evaluation."""
+
+
+@dataclass(frozen=True)
+class _Interruptible:
+    """Evaluation batches that end with :class:`_Interrupted` at a signal; several hosts ask at step boundaries only."""
+
+    data: EvalData
+    interrupt: Interrupt
+
+    @property
+    def num_batches(self) -> int:
+        return self.data.num_batches
+
+    @property
+    def batch_size(self) -> int:
+        return self.data.batch_size
+
+    def batch_at(self, index: int, shard_index: int = 0, shard_count: int = 1) -> Batch:
+        if self.interrupt.requested(False):
+            raise _Interrupted
+        return self.data.batch_at(index, shard_index, shard_count)
 
 
 class _Run:
     """One process's work on a run; see :func:`run`."""
 
-    def __init__(self, task, options, directory, parallel, progress, interrupt):
-        self.task, self.options, self.directory = task, options, directory
+    def __init__(self, plan, options, directory, parallel, progress, interrupt):
+        self.plan: Plan = plan
+        self.task: Task = plan.task
+        self.options, self.directory = options, directory
         self.parallel: Parallel = parallel
         self.progress: Progress = progress
         self.interrupt: Interrupt = interrupt
         self.first_host = parallel.shard_index == 0
-        self.plan = Plan(task, options, parallel)
         self.rows = RowLog(directory / "metrics.jsonl", write=self.first_host)
         self.timings = RowLog(directory / "timing.jsonl", write=self.first_host)
         self.events = Events(directory, enabled=options.tensorboard and self.first_host)
         self.score: float | None = None
         self.saved_step = -1
+        self.owes_evaluation = False
         self._evaluators: dict[Any, evaluate.Evaluator] = {}
         self._flags = jax.jit(trees.nonfinite_flags)
 
     def __enter__(self) -> "_Run":
         self.checkpoints = Checkpoints(
-            self.directory / "checkpoints",
+            self.directory / CHECKPOINTS,
             keep_last=self.options.keep_last,
             keep_best=self.options.keep_best if self.task.best else 0,
             best_mode=self.task.best_mode,
@@ -78,13 +127,18 @@ class _Run:
         state, sums, step = self._restore_or_init()
         for index, stage in enumerate(self.task.stages):
             first, last = self.plan.offsets[index], self.plan.offsets[index + 1]
-            if step > last or (step == last and stage.steps):
+            if step > last or (step == last and stage.steps and not self.owes_evaluation):
                 continue
+            if self.owes_evaluation:
+                self._evaluate(stage, step, step - first, state, sums)
+                self.owes_evaluation = False
+                if step == last:
+                    continue
             if step == first:
                 if stage.begin is not None:
                     key = stage.key(self.options.seed, "begin")
                     state = self.parallel.initialize(stage.begin, self.parallel.single(state), key)
-                sums = self.parallel.replicate(zero_sums(self.plan.metrics[index]))
+                sums = self.parallel.replicate(zero_sums(self.plan.sums[index]))
             self.progress.stage(stage.name, step - first, stage.steps)
             fold = self._fold_compiled if stage.compiled else self._fold_python
             state = fold(index, stage, state, sums, step)
@@ -97,7 +151,6 @@ class _Run:
         sharding = self.parallel.restore_sharding()
         restored = self.checkpoints.restore(lambda step: self.plan.payload(step, sharding))
         if restored is None:
-            self._check_fresh()
             self.rows.resume(0)
             self.timings.resume(0)
             state = self.parallel.initialize(self.task.init, rng.key(self.options.seed, "init"))
@@ -106,20 +159,10 @@ class _Run:
             return state, None, 0
         self.rows.resume(restored.meta["rows"])
         self.timings.resume(restored.meta["timings"])
-        self.saved_step = restored.step
+        self.saved_step, self.owes_evaluation = restored.step, restored.meta["owes_evaluation"]
         self.progress.message(f"continuing from step {restored.step} of {self.task.steps}")
         payload = restored.payload
         return self.parallel.replicate(payload["state"]), self.parallel.replicate(payload["sums"]), restored.step
-
-    def _check_fresh(self) -> None:
-        """Raises StorageError where rows show that checkpoints were written, but their folder has vanished whole."""
-        rows = self.rows.rows()
-        # One save may have been under way when a run was killed; the second begins only after the first is on disk.
-        if rows and rows[-1]["step"] > 2 * self.options.save_every:
-            raise StorageError(
-                f"{self.directory} has rows up to step {rows[-1]['step']} but no checkpoints any more; put them back, "
-                "or start in another --workdir"
-            )
 
     def _fold_compiled(self, index: int, stage: Stage, state: Any, sums: Any, step: int) -> Any:
         """Folds one jitted program over the batches of a stage."""
@@ -137,14 +180,14 @@ class _Run:
             metrics = None
             if local % self.options.log_every == 0 or local == stage.steps:
                 metrics = self._log(stage, first + local, local, state, sums)
-                sums = self.parallel.replicate(zero_sums(self.plan.metrics[index]))
+                sums = self.parallel.replicate(zero_sums(self.plan.sums[index]))
                 seconds = time.monotonic() - clock
                 self._time(stage, first + local, {"steps_per_second": (first + local - since) / seconds})
                 clock, since = time.monotonic(), first + local
             self.progress.advance(local, stage.label(local) if stage.label else "", metrics)
             self._boundary(stage, first + local, local, state, sums)
         if not stage.steps:
-            self._evaluate(stage, first, 0, state)
+            self._evaluate(stage, first, 0, state, sums)
         return state
 
     def _fold_python(self, index: int, stage: Stage, state: Any, sums: Any, step: int) -> Any:
@@ -158,6 +201,8 @@ class _Run:
             single, metrics = stage.step(self.parallel.single(state), stage.data.batch_at(local), key)
             single = single.replace(step=jnp.asarray(first + local + 1, jnp.int32))
             state = self.parallel.replicate(single)
+            if bad := _nonfinite(metrics):
+                self._refuse(stage, first + local + 1, f"the metric {bad}", state)
             numbers = evaluate.compute(metrics)
             times = {name: numbers.pop(name) for name in list(numbers) if name.startswith("seconds")}
             numbers.update(_scheduled(stage, local))
@@ -170,9 +215,7 @@ class _Run:
     def _log(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> dict[str, float]:
         sums = jax.device_get(self.parallel.single(sums))
         if (bad := int(sums["bad_step"])) >= 0:
-            leaves = trees.named_leaves(sums["metrics"])
-            names = [name for name, leaf in leaves.items() if not np.all(np.isfinite(leaf))]
-            self._refuse(stage, bad, f"the metric {names[0].split('/')[0]}", state)
+            self._refuse(stage, bad, f"the metric {_nonfinite(sums['metrics'])}", state)
         numbers = evaluate.compute(sums["metrics"])
         numbers.update(_scheduled(stage, local - 1))
         self._append(stage, step, "train", numbers)
@@ -188,28 +231,49 @@ class _Run:
 
     def _boundary(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> None:
         """Evaluates, saves and stops, each when it is due."""
-        scored = self._evaluate(stage, step, local, state)
+        scored = self._evaluate(stage, step, local, state, sums)
         stop = self.interrupt.requested(local % self.options.log_every == 0 or not stage.compiled)
         if stop or scored or local % self.options.save_every == 0 or local == stage.steps:
-            self._save(stage, step, state, sums, scored)
+            self._save(stage, step, state, sums, self._meta(), self.score if scored else None)
         if stop:
-            self.checkpoints.wait()
-            raise Preempted(
-                f"stopped by {self.interrupt.name} at step {step} of {self.task.steps}, state saved in "
-                f"{self.directory}; the same command continues"
-            )
+            self._stop(step)
 
-    def _evaluate(self, stage: Stage, step: int, local: int, state: Any) -> bool:
+    def _stop(self, step: int) -> None:
+        self.checkpoints.wait()
+        raise Preempted(
+            f"stopped by {self.interrupt.name} at step {step} of {self.task.steps}, state saved in "
+            f"{self.directory}; the same command continues"
+        )
+
+    def _evaluate(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> bool:
         """Runs the evaluations that are due; True when one of them gave the score of the best checkpoint."""
+        due = {
+            name: evaluation
+            for name, evaluation in stage.evals.items()
+            if local == stage.steps or (evaluation.every and local % evaluation.every == 0)
+        }
+        before = {**self._meta(), "owes_evaluation": True}
+        try:
+            return self._evaluate_all(stage, step, local, state, due)
+        except _Interrupted:
+            if step != self.saved_step and step > 0:
+                self._save(stage, step, state, sums, before)
+            self._stop(step)
+
+    def _evaluate_all(self, stage: Stage, step: int, local: int, state: Any, due: dict[str, Eval]) -> bool:
         scored = False
-        for name, evaluation in stage.evals.items():
-            if local != stage.steps and (not evaluation.every or local % evaluation.every):
-                continue
+        # A step is saved once, with its score: the evaluation that gives it isn't cut short.
+        scoring = any(self.task.best.startswith(f"{stage.name}/{name}/") for name in due)
+        for name, evaluation in due.items():
             evaluator = self._evaluators.get(evaluation.update)
             if evaluator is None:
                 evaluator = evaluate.Evaluator(evaluation.update, self.parallel)
                 self._evaluators[evaluation.update] = evaluator
-            numbers = evaluate.compute(evaluator(state, evaluation.data))
+            data = evaluation.data if scoring else _Interruptible(evaluation.data, self.interrupt)
+            metrics = evaluator(state, data)
+            if bad := _nonfinite(metrics):
+                self._refuse(stage, step, f"the metric {bad} of the evaluation '{name}'", state)
+            numbers = evaluate.compute(metrics)
             self._append(stage, step, "eval", numbers, name)
             self.progress.message(f"{stage.name} {local}/{stage.steps}  {name}: {brief(numbers)}")
             prefix = f"{stage.name}/{name}/"
@@ -217,7 +281,13 @@ class _Run:
                 self.score, scored = numbers[self.task.best.removeprefix(prefix)], True
         return scored
 
-    def _save(self, stage: Stage, step: int, state: Any, sums: Any, scored: bool) -> None:
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint knows besides the arrays."""
+        return {"rows": self.rows.count, "timings": self.timings.count, "owes_evaluation": False}
+
+    def _save(
+        self, stage: Stage, step: int, state: Any, sums: Any, meta: dict[str, Any], score: float | None = None
+    ) -> None:
         single = self.parallel.single(state)
         if any(jax.device_get(self._flags(single)).values()):
             self._refuse(stage, step, "the state", state)
@@ -226,8 +296,8 @@ class _Run:
         self.checkpoints.save(
             step,
             {"state": single, "sums": self.parallel.single(sums)},
-            score=self.score if scored else None,
-            meta={"rows": self.rows.count, "timings": self.timings.count},
+            score=score,
+            meta=meta,
         )
         self.saved_step = step
 
@@ -241,6 +311,14 @@ class _Run:
             f"step {step} (stage '{stage.name}'): {what} is not finite; {where}. "
             f"The last good checkpoint is kept ({kept}). Lower the learning rate or look at the data of that step"
         )
+
+
+def _nonfinite(metrics: Metrics) -> str | None:
+    """The first metric whose sums aren't finite; None if all are."""
+    for name, metric in jax.device_get(metrics).items():
+        if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(metric)):
+            return name
+    return None
 
 
 def _scheduled(stage: Stage, local: int) -> dict[str, float]:

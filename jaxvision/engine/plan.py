@@ -14,7 +14,14 @@ from jaxvision.engine.task import Stage, State, Task
 
 
 class Plan:
-    """The task's shapes, worked out without running anything: the state after each stage, the metrics of a step."""
+    """The task's shapes, worked out without running anything: the state after each stage, the metrics of a step.
+
+    Attributes:
+      offsets: the steps of the run before each stage, and of all.
+      states: abstract, at the start and after each stage.
+      metrics: of a step of each stage, abstract; {} where it has no steps or can't be traced.
+      sums: what is accumulated between two rows of each stage (:func:`sums_template`); Python stages have none.
+    """
 
     def __init__(self, task: Task, options: Options, parallel: Parallel):
         self.task = task
@@ -28,9 +35,11 @@ class Plan:
             metrics: dict[str, Any] = {}
             if stage.compiled and stage.steps:
                 check_batch_size(stage.data.batch_size, parallel, f"stage '{stage.name}'")
+            if (stage.compiled or stage.traceable) and stage.steps:
                 state, metrics = jax.eval_shape(stage.step, state, stage.data.batch_at(0), key)
             self.states.append(state)
             self.metrics.append(metrics)
+        self.sums = [sums_template(m if s.compiled else {}) for s, m in zip(task.stages, self.metrics)]
 
     def stage_of(self, step: int) -> int:
         """The stage whose structure a checkpoint at ``step`` has: the one that took that step."""
@@ -42,7 +51,7 @@ class Plan:
     def payload(self, step: int, sharding: Any) -> Any:
         """The abstract content of a checkpoint at ``step``."""
         index = self.stage_of(step)
-        tree = {"state": self.states[index + 1], "sums": sums_template(self.metrics[index])}
+        tree = {"state": self.states[index + 1], "sums": self.sums[index]}
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
@@ -62,6 +71,12 @@ def describe(task: Task, options: Options, parallel: Parallel) -> str:
             template = plan.payload(plan.offsets[index + 1], sharding)
             step = jax.jit(training_step(stage, options.seed, plan.offsets[index]))
             step.lower(template["state"], template["sums"], stage.data.batch_at(0))
+        elif stage.steps:
+            if stage.label:
+                lines += [f"    from '{stage.label(0)}' to '{stage.label(stage.steps - 1)}'"]
+            if not stage.traceable:
+                lines += ["    its shapes are known once it runs"]
+        if plan.metrics[index]:
             lines += [f"    metrics {', '.join(plan.metrics[index])}"]
         for name, evaluation in stage.evals.items():
             batch = evaluation.data.batch_at(0)
@@ -79,9 +94,9 @@ def sums_template(metrics: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": metrics, "bad_step": jax.ShapeDtypeStruct((), jnp.int32)}
 
 
-def zero_sums(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The sums of no steps; ``bad_step`` is -1."""
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metrics)
+def zero_sums(template: dict[str, Any]) -> dict[str, Any]:
+    """The sums of no steps, with the shapes of :func:`sums_template`; ``bad_step`` is -1."""
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template["metrics"])
     return {"metrics": zeros, "bad_step": np.asarray(-1, np.int32)}
 
 

@@ -49,12 +49,19 @@ class Restoring:
 
     def newest(self, template: Any | Callable[[int], Any]) -> Restored | None:
         """The newest good step; None where there has never been one. Process 0 says which step all try next."""
-        ledger, pending = None, []
+        ledger, pending, saved = None, [], False
         if self._first:
             ledger = self._folders.read_ledger()
             pending = sorted({*self._folders.steps(), *(ledger or ())})
-        if not gather(ledger is not None or bool(pending))[0]:
+            saved = self._folders.ever_saved()
+        if not gather(saved)[0]:
             return None
+        if not gather(ledger is not None or bool(pending))[0]:
+            directory, marker = self._folders.directory, self._folders.marker
+            raise StorageError(
+                f"{directory.parent} has saved checkpoints, but {directory} holds none any more; put them back, start "
+                f"in another --workdir, or remove {marker} to start from step 0"
+            )
         refused: dict[int, str] = {}
         restored = None
         while restored is None and (step := int(gather(pending.pop() if pending else -1)[0])) >= 0:

@@ -12,7 +12,10 @@ import jax
 
 from jaxvision.core.config import flatten
 from jaxvision.core.errors import ConfigError, StorageError
+from jaxvision.engine.step_folders import StepFolders
 
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints in a run directory."""
 PACKAGES = ("jaxvision", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -61,17 +64,27 @@ def prepare(directory: Path) -> None:
         ) from error
 
 
-def record(directory: Path, config: dict[str, Any], info: dict[str, Any]) -> None:
-    """Writes config.json and run.json, or refuses a directory that belongs to another configuration."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+def check(directory: Path, config: dict[str, Any]) -> None:
+    """Raises ConfigError where the directory holds the run of another configuration: one that saved a step or ended.
+
+    A configuration that got no further (its weights were refused, say) leaves nothing that must be protected.
+    """
     path = directory / "config.json"
-    if path.exists():
-        check_same(json.loads(path.read_text()), json.loads(text), directory)
-    else:
-        _write(path, text)
-    info_path = directory / "run.json"
-    started = json.loads(info_path.read_text())["starts"] if info_path.exists() else []
+    if path.exists() and (StepFolders(directory / CHECKPOINTS).ever_saved() or (directory / "results.json").exists()):
+        check_same(json.loads(path.read_text()), json.loads(_text(config)), directory)
+
+
+def record(directory: Path, config: dict[str, Any], info: dict[str, Any]) -> None:
+    """Writes config.json, and adds a start to run.json; see :func:`check`."""
+    path, info_path = directory / "config.json", directory / "run.json"
+    continued = path.exists() and path.read_text() == _text(config)
+    started = json.loads(info_path.read_text())["starts"] if continued and info_path.exists() else []
+    _write(path, _text(config))
     _write(info_path, json.dumps({"starts": [*started, info]}, indent=2) + "\n")
+
+
+def _text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:

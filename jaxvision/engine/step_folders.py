@@ -1,7 +1,8 @@
 """The folders of a run's checkpoints, one per step, and the ledger of those that were committed.
 
-The ledger is what notices a folder that somebody deleted, and tells "never saved" from "all lost". Folders appear and
-disappear by a rename; what a kill leaves half done has a name of its own and is removed by :meth:`StepFolders.sweep`.
+The ledger is what notices a folder that somebody deleted. A marker beside the directory tells "never saved" from "all
+lost", the directory and its ledger included. Folders appear and disappear by a rename; what a kill leaves half done has
+a name of its own and is removed by :meth:`StepFolders.sweep`.
 """
 
 import json
@@ -38,6 +39,7 @@ class StepFolders:
     def __init__(self, directory: Path):
         self.directory = Path(directory).absolute()
         self.quarantine = self.directory.parent / "quarantine"
+        self.marker = self.directory.with_name(f"{self.directory.name}.saved")
         self._scores: dict[int, float | None] = {}
 
     def path(self, step: int) -> Path:
@@ -81,12 +83,19 @@ class StepFolders:
     def commit(self, step: int, keep: Iterable[int]) -> None:
         """Makes a new folder durable, enters it in the ledger, then deletes what need not be kept; in this order."""
         _sync_tree(self.path(step))
+        if not self.marker.exists():
+            self.marker.touch()
+            _sync(self.marker.parent)
         keep = set(keep)
         self.write_ledger([there for there in self.steps() if there in keep])
         for old in self.steps():
             if old not in keep:
                 self.path(old).rename(self.directory / f"{old}.deleted")
         self.sweep()
+
+    def ever_saved(self) -> bool:
+        """Was a step committed here, whatever is left of it?"""
+        return self.marker.exists() or (self.directory / LEDGER).exists() or bool(self.steps())
 
     def put_away(self, step: int) -> Path | None:
         """Moves a folder to the quarantine, under a name that is free; None if there is no folder."""

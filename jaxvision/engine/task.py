@@ -19,7 +19,10 @@ from jaxvision.engine.report import Report, Results
 
 Batch = dict[str, np.ndarray]
 Metrics = dict[str, Any]
-"""Name -> a pytree of sums with ``merge(other)`` and ``compute()``, such as :class:`jaxvision.metrics.Mean`."""
+"""Name -> a pytree of sums with ``merge(other)`` and ``compute()``, such as :class:`jaxvision.metrics.Mean`.
+
+The sums must be finite: NaN or infinity ends the run. What they compute to need not be, such as the mean of nothing.
+"""
 
 
 @struct.dataclass
@@ -92,6 +95,8 @@ class Stage:
       compiled: True: one jitted program a step. False: a Python function on host batches that may call jitted
         functions itself (a search, a solver, one row of a table); each of its steps logs its own row, and metrics
         named ``seconds...`` go to timing.jsonl, as times are no function of the step.
+      traceable: of a Python function: it calls jitted functions alone, so that ``jax.eval_shape`` finds its mistakes
+        before anything runs. Those that are compiled are traceable anyway.
       schedules: values to log that are functions of the step within the stage, such as the learning rate.
       label: ``step -> text`` for the progress bar of stages whose steps differ in kind.
       quickly: compile in half the time, for stages of so few steps that they don't repay more (on CPU; see
@@ -108,6 +113,7 @@ class Stage:
     begin: Callable[[State, jax.Array], State] | None = None
     evals: Mapping[str, Eval] = field(default_factory=dict)
     compiled: bool = True
+    traceable: bool = False
     schedules: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
     label: Callable[[int], str] | None = None
     quickly: bool = False

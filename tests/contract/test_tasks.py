@@ -30,6 +30,7 @@ from tests.devices import environment
 from tests.engine.tiny import StopAt
 
 SMOKE = ("acls", "az_nas", "classification", "igq_vit", "lbt", "rankmixup", "trs")
+SMALL = ("rate/", "running_rate/", "step_size/")
 ROOT = Path(__file__).parents[2]
 
 
@@ -174,7 +175,10 @@ print(json.dumps(result.rows))
 
 @pytest.mark.parametrize("name", SMOKE)
 def test_one_and_eight_devices_agree(name, finished):
-    """Losses and metrics to 1 %: sums are taken in another order, and near ties a rounded code may flip."""
+    """Losses and metrics to 1 %: sums are taken in another order, and near ties a rounded code may flip.
+
+    What is small by its nature (rates of transitions, step sizes) has a finer absolute bound than accuracies.
+    """
     command = [sys.executable, "-c", EIGHT, name]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -184,4 +188,6 @@ def test_one_and_eight_devices_agree(name, finished):
     for left, right in zip(one, rows):
         counted = {key: value for key, value in left.items() if isinstance(value, float)}
         numbers = {key: value for key, value in counted.items() if not key.startswith("groups/")}
+        small = {key: numbers.pop(key) for key in list(numbers) if key.startswith(SMALL)}
         assert {key: right[key] for key in numbers} == pytest.approx(numbers, rel=0.01, abs=0.02)
+        assert {key: right[key] for key in small} == pytest.approx(small, rel=0.01, abs=1e-4)

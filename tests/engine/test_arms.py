@@ -55,7 +55,7 @@ def start(key):
 def test_each_member_trains_as_it_would_alone(how):
     key = jax.random.key(0)
     stage = arms.stage(ARM, SEEDS, [Rows(0.0), Rows(10.0)], {}, how=how)
-    assert stage.compiled == (how != "call")
+    assert stage.compiled == (how != "call") and stage.traceable
     run = jax.jit(stage.step) if stage.compiled else stage.step
     initial = start(key)
     state = jax.jit(stage.begin)(initial, key)

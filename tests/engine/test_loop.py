@@ -1,8 +1,10 @@
 """The loop: order at a step boundary, resuming bit for bit, devices, compiles, bad numbers."""
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError, NonFiniteError, Preempted, StorageError
 from jaxvision.engine import loop, parallel
 from jaxvision.engine.interrupt import Interrupt
+from jaxvision.engine.metric_log import RowLog
 from jaxvision.engine.options import Options
 from jaxvision.engine.plan import Plan, describe
 from jaxvision.engine.progress import Progress
@@ -58,14 +61,15 @@ def test_training_learns(whole):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_vanished_checkpoints_are_refused_not_started_over(tmp_path):
-    import shutil
-
-    tiny.run(tmp_path, tiny.make(), OPTIONS)
-    shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(StorageError, match="has rows up to step 34 but no checkpoints any more"):
+def test_vanished_checkpoints_are_refused_not_started_over(tmp_path, monkeypatch):
+    """From the first saved step on."""
+    monkeypatch.setattr(loop, "Interrupt", lambda: tiny.StopAt(1))
+    with pytest.raises(Preempted):
         tiny.run(tmp_path, tiny.make(), OPTIONS)
-    assert (tmp_path / "metrics.jsonl").stat().st_size
+    shutil.rmtree(tmp_path / "checkpoints")
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"has saved checkpoints, but .*/checkpoints holds none any more"):
+            tiny.run(tmp_path, tiny.make(), OPTIONS)
 
 
 @pytest.mark.parametrize("boundaries", [(1, 3, 9), (10, 12), (30, 1, 1)])
@@ -78,6 +82,21 @@ def test_stopped_and_continued_equals_uninterrupted(whole, tmp_path, boundaries,
         assert caught.value.exit_code == 75
     monkeypatch.setattr(loop, "Interrupt", Interrupt)
     result = tiny.run(tmp_path, tiny.make(), OPTIONS)
+    same(whole.state, result.state)
+    assert whole.rows == result.rows
+
+
+def test_a_signal_during_an_evaluation_saves_and_the_next_start_evaluates(whole, tmp_path, monkeypatch):
+    """Stops between batches of an evaluation, of the one that is owed, and of the one at the end of the stage."""
+    task = dataclasses.replace(tiny.make(), best="")
+    for asked, step in ((11, 10), (2, 10), (27, 30)):
+        monkeypatch.setattr(loop, "Interrupt", lambda asked=asked: tiny.StopAt(asked))
+        with pytest.raises(Preempted, match=f"at step {step} of 34"):
+            tiny.run(tmp_path, task, OPTIONS)
+        rows = RowLog(tmp_path / "metrics.jsonl").rows()
+        assert [row["step"] for row in rows if row["kind"] == "eval"] == list(range(10, step, 10))
+    monkeypatch.setattr(loop, "Interrupt", Interrupt)
+    result = tiny.run(tmp_path, task, OPTIONS)
     same(whole.state, result.state)
     assert whole.rows == result.rows
 
@@ -140,6 +159,17 @@ def test_a_bad_loss_names_the_step_and_the_leaf_and_keeps_the_good_checkpoint(tm
     assert int(result.state.step) == 34
 
 
+def test_a_bad_metric_of_a_python_step_or_an_evaluation_stops_the_run_too(tmp_path):
+    """At once, and though the state is finite; the mean of nothing is no reason to stop."""
+    with pytest.raises(NonFiniteError, match=r"step 20 \(stage 'train'\): the metric rows of the evaluation 'test' is"):
+        tiny.run(tmp_path, tiny.make(poison_eval=20), OPTIONS)
+    with pytest.raises(NonFiniteError, match=r"step 32 \(stage 'count'\): the metric count is not finite; the state"):
+        tiny.run(tmp_path, tiny.make(poison=32), OPTIONS)
+    rows = RowLog(tmp_path / "metrics.jsonl").rows()
+    assert (rows[-1]["step"], rows[-1]["count"]) == (31, 1)
+    assert [row["nothing"] for row in rows if row["kind"] == "eval"] == [None] * 3
+
+
 def test_a_bad_state_is_never_saved(tmp_path):
     task = tiny.make(poison=5)  # the state is bad at step 5, where a save is due before the next row
     with pytest.raises(NonFiniteError, match=r"first bad leaf of the state: params/"):
@@ -170,6 +200,7 @@ def test_batches_that_cant_be_split_are_refused(monkeypatch):
 def test_dry_run_describes_every_stage():
     text = describe(tiny.make(), OPTIONS, parallel.create("jit"))
     assert "stage train: 30 steps" in text
+    assert "from 'number 0' to 'number 3'" in text
     assert "eval test: 3 batches" in text
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvision.core.config import Config
-from jaxvision.core.errors import ConfigError, StorageError
+from jaxvision.core.errors import ConfigError, Preempted, StorageError
 from jaxvision.engine import parallel, report, runinfo
 from jaxvision.engine.interrupt import Interrupt
 from jaxvision.engine.metric_log import RowLog
@@ -62,12 +62,21 @@ def test_prefetch_raises_where_the_bad_batch_is_asked_for():
         next(batches)
 
 
-def test_another_configuration_in_the_directory_is_refused(tmp_path):
-    runinfo.record(tmp_path, {"a": {"lr": 0.1}, "seed": (0, 1)}, {"command": []})
-    runinfo.record(tmp_path, {"a": {"lr": 0.1}, "seed": (0, 1)}, {"command": []})
-    assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 2
+@pytest.mark.parametrize(
+    "evidence", ("checkpoints.saved", "checkpoints/LEDGER.json", "checkpoints/5/x", "results.json")
+)
+def test_another_configuration_in_the_directory_is_refused_once_something_is_saved(tmp_path, evidence):
+    first, second = ({"a": {"lr": rate}, "seed": (0, 1)} for rate in (0.1, 0.2))
+    runinfo.record(tmp_path, second, {"command": ["failed at once"]})
+    runinfo.check(tmp_path, first)
+    for _ in range(2):
+        runinfo.record(tmp_path, first, {"command": []})
+    assert json.loads((tmp_path / "run.json").read_text())["starts"] == [{"command": []}] * 2
+    (tmp_path / evidence).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / evidence).write_text("{}")
+    runinfo.check(tmp_path, first)
     with pytest.raises(ConfigError, match=r"config\.a\.lr=0\.1, now it is 0\.2"):
-        runinfo.record(tmp_path, {"a": {"lr": 0.2}, "seed": (0, 1)}, {"command": []})
+        runinfo.check(tmp_path, second)
 
 
 def test_a_workdir_that_cant_be_made_is_one_sentence(tmp_path):
@@ -107,6 +116,16 @@ def test_a_signal_is_remembered_and_handlers_come_back():
         assert interrupt.name == "SIGTERM"
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_ends_work_that_can_be_repeated_at_once():
+    """Also one that came before that work began."""
+    with Interrupt() as interrupt:
+        with pytest.raises(Preempted, match=r"^stopped by SIGTERM in the report$"), interrupt.at_once("in the report"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the signal was missed")
+        with pytest.raises(Preempted), interrupt.at_once("in the report"):
+            pytest.fail("the signal was forgotten")
 
 
 def test_options_are_checked():

@@ -87,8 +87,11 @@ class Test(Data):
         return {"x": self.x[rows][part], "label": self.y[rows][part], "mask": real.astype(np.float32)[part]}
 
 
-def make(steps=30, *, sleep=0.0, poison=-1, test_batch=40) -> Task:
-    """Two stages: training, then, after ``begin`` dropped the optimizer, a Python-step fold that counts."""
+def make(steps=30, *, sleep=0.0, poison=-1, poison_eval=-1, test_batch=40) -> Task:
+    """Two stages: training, then, after ``begin`` dropped the optimizer, a Python-step fold that counts.
+
+    ``poison``: the step whose loss is NaN; ``poison_eval``: the step whose evaluation is.
+    """
     net, optimizer = Net(), optax.sgd(0.05, momentum=0.9)
 
     def init(key):
@@ -117,7 +120,8 @@ def make(steps=30, *, sleep=0.0, poison=-1, test_batch=40) -> Task:
         logits = net.apply({"params": state.params, **state.model_state}, batch["x"], train=False)
         return {
             "accuracy": Mean.of(jnp.argmax(logits, -1) == batch["label"], batch["mask"]),
-            "rows": Mean(batch["mask"].sum(), jnp.ones(())),
+            "rows": Mean(jnp.where(state.step == poison_eval, jnp.nan, batch["mask"].sum()), jnp.ones(())),
+            "nothing": Mean(jnp.zeros(()), jnp.zeros(())),
         }
 
     def begin(state, key):
@@ -125,7 +129,8 @@ def make(steps=30, *, sleep=0.0, poison=-1, test_batch=40) -> Task:
 
     def count(state, batch, key):
         extra = {"noise": state.extra["noise"] + jax.random.normal(key, (2,)), "count": state.extra["count"] + 1}
-        return state.replace(extra=extra), {"count": Mean.of(extra["count"]), "seconds": Mean.of(0.5)}
+        counted = Mean.of(jnp.where(state.step + 1 == poison, jnp.inf, extra["count"]))
+        return state.replace(extra=extra), {"count": counted, "seconds": Mean.of(0.5)}
 
     def report(results):
         accuracy = results.last("train", "test", "accuracy")
@@ -136,7 +141,7 @@ def make(steps=30, *, sleep=0.0, poison=-1, test_batch=40) -> Task:
     test = Eval(Test(batch_size=test_batch), evaluate, every=10)
     stages = (
         Stage("train", steps, data, step, evals={"test": test}, schedules={"lr": lambda local: 0.05}),
-        Stage("count", 4, Data(sleep=sleep), count, begin=begin, compiled=False),
+        Stage("count", 4, Data(sleep=sleep), count, begin=begin, compiled=False, label="number {}".format),
     )
     return Task("tiny", init, stages, report, best="train/test/accuracy")
 

@@ -222,7 +222,7 @@ for name in ("jit", "pmap", "single"):
         assert mode.num_devices == 8
     state = mode.replicate(jax.jit(made.init)(jax.random.key(0)))
     plan, stage = Plan(made, options, mode), made.stages[0]
-    sums = mode.replicate(zero_sums(plan.metrics[0]))
+    sums = mode.replicate(zero_sums(plan.sums[0]))
     step = mode.compile(training_step(stage, 0, 0))
     for index in range(2):
         state, sums = step(state, sums, mode.place(stage.data.batch_at(index)))

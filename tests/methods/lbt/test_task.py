@@ -104,10 +104,11 @@ def test_a_constant_kernel_of_a_weights_file_is_named(tmp_path):
         made[1].load(empty)
 
 
-def test_infinite_gradients_stop_the_run_and_names_the_leaf(tmp_path):
-    config = changed(arms=("lbt",), optimizer__lr=1e30)
+@pytest.mark.parametrize("how", ("vmap", "call"))
+def test_infinite_gradients_stop_the_run_and_names_the_leaf(how, tmp_path):
+    config = changed(arms=("lbt",), optimizer__lr=1e30, how=how)
     options = Options.read(config)
-    with pytest.raises(NonFiniteError, match="is not finite; first bad leaf of the state: params/"):
+    with pytest.raises(NonFiniteError, match=r"the metric .* is not finite; first bad leaf of the state: params/"):
         loop.run(task.make(config), options, tmp_path, parallel.create("jit"), Progress(False))
 
 
