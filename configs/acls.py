@@ -1,7 +1,8 @@
 """ACLS: adaptive and conditional label smoothing, beside other calibration losses, each with temperature scaling.
 
     python -m jaxvision.main --config=configs/acls.py
-        noisy handwritten digits, a network of four layers, four seeds
+        noisy handwritten digits, a network of four layers, four seeds; expected: ACLS at margin 6 has about a third of
+        cross-entropy's ECE (3 of 9 %) at the same accuracy, so has cross-entropy at its temperature
     python -m jaxvision.main --config=configs/acls.py:clean_digits
         the same without noise, where cross-entropy is calibrated and ACLS is not
     python -m jaxvision.main --config=configs/acls.py:cifar10_subset --config.data.path='DIR/cifar10_{split}.npz'
@@ -9,7 +10,8 @@
     python -m jaxvision.main --config=configs/acls.py:cifar10_resnet50 --config.data.path=DIR
         the paper's recipe; DIR holds train.npz and test.npz
     python -m jaxvision.main --config=configs/acls.py:shapes_segmentation
-        pixels instead of images: drawn scenes, borders without a label
+        pixels instead of images: drawn scenes, borders without a label; the table of logits says which margins are
+        passed at all
     python -m jaxvision.main --config=configs/acls.py --config.arms="('ce','my_package.my_module:my_loss(strength=2)')"
         a loss of one's own: a function (logits, labels, *, where=None, strength=1.0) that returns one number
 
@@ -33,15 +35,16 @@ ARMS = (
 )
 CLEAN_ARMS = ("ce", "mbls", "acls(margin=(6,10))")
 PAPER_ARMS = ("ce", "mbls", "acls")
+SCENE_ARMS = ("ce", "mbls", "acls(margin=(4,6,10))")
+"""The paper's margin for segmentation, 10, and lower ones that a small network passes."""
 CIFAR = {f"cifar10_resnet{depth}": f"resnet{depth}_cifar" for depth in (50, 101)}
 TINY = {f"tiny_imagenet_resnet{depth}": f"resnet{depth}_tiny_imagenet" for depth in (50, 101)}
 OTHERS = {
-    "shapes_segmentation": calibration.scenes,
     "imagenet_resnet50": calibration.imagenet,
     "cub_resnet50": calibration.cub,
     "voc_deeplabv3": calibration.voc,
 }
-PRESETS = ("smoke", "clean_digits", "cifar10_subset", *CIFAR, *TINY, *OTHERS)
+PRESETS = ("smoke", "clean_digits", "shapes_segmentation", "cifar10_subset", *CIFAR, *TINY, *OTHERS)
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -52,6 +55,8 @@ def get_config(preset: str = "") -> ConfigDict:
         return smoke()
     if preset == "clean_digits":
         return common.finish(calibration.digits("acls", CLEAN_ARMS, noise=0.0))
+    if preset == "shapes_segmentation":
+        return common.finish(calibration.scenes("acls", SCENE_ARMS))
     if preset == "cifar10_subset":
         return common.finish(calibration.cifar10_subset("acls", ("ce", "mbls", "mixup", "acls")))
     if preset in CIFAR:

@@ -7,14 +7,14 @@ Fields beside those of ``configs/common.py``:
                 ("mbls"), with others ("acls(margin=8, reference=min)"), with several, a row each, in one program
                 ("mrl(weight=(0, 0.1))"), or a function of one's own ("my_package.my_module:my_loss(strength=2)")
     losses      loss -> its hyper-parameters, as published for the data set; alpha of mixup, mrl and mndcg is that of
-                the Beta distribution
+                the Beta distribution, per_sample (mrl, mndcg) draws from it for each image instead of each batch
     epochs      of each arm; eval_every_epochs: 0: at the end
     num_bins    of all calibration errors
     simulations draws of the noise floors and resamples of the intervals; 0: neither
-    temperature how it is fitted on the data.validation_size images that are held out of the training split: "exact"
+    temperature how it is fitted on the data.validation_size images that are held out: "exact"
                 (the NLL's minimum), "grid_nll" or "grid_ece" (the papers' 0.1, 0.2, ... 10)
     ignore_labels   pixels of these labels are trained on but not measured; (0,) is the official protocol of VOC
-    save_logits write logits_<arm>.npz, which jaxvision.tools.calibration reads
+    save_logits write logits_<arm>.npz, which jaxvision.tools.calibration reads; all pixels' would be gigabytes
     long_tail_groups    report the accuracies of head, medium and tail classes
     ood         source, path, split and options of out-of-distribution images, which the networks' confidence should
                 tell from the test images ("": none)
@@ -185,7 +185,7 @@ def voc(method: str, arms: tuple[str, ...]) -> ConfigDict:
     It starts from ImageNet weights of a ResNet-50: ``model.init_from`` a torchvision file, ``model.init_keep``
     ``('decoder', 'segmentation_head')``. Rates and epochs are second-hand. 293 of the 1,464 training images are held
     out to fit on, as CALS does; the official code fits on what it reports. It averages the errors of batches of 8; here
-    they are those of all pixels.
+    they are those of all pixels. Their logits, many gigabytes, aren't written.
     """
     config = base(
         method,
@@ -199,6 +199,7 @@ def voc(method: str, arms: tuple[str, ...]) -> ConfigDict:
     config.epochs = 100.0
     config.temperature = "grid_nll"
     config.ignore_labels = (0,)
+    config.save_logits = False
     return config
 
 
@@ -231,14 +232,15 @@ def scenes(method: str, arms: tuple[str, ...]) -> ConfigDict:
 def imagenet(method: str, arms: tuple[str, ...]) -> ConfigDict:
     """ResNet-50 with the recipe of CALS (AdamW, cosine, 200 epochs), whose baseline rows the ACLS paper shares.
 
-    10,000 training images are held out to fit on, and all 50,000 official validation images are tested on; the papers
-    cut those into 10,000 and 40,000.
+    Of the 50,000 official validation images 10,000 are there to fit on and 40,000 to test on, as in the papers; which
+    is a random order's choice, not the lists of CALS.
     """
     schedule = {"name": "cosine", "warmup_epochs": 1.0, "warmup_lr": 5e-7, "end_lr": 5e-6}
+    split = {"validation_size": 10_000, "validation_rule": "eval"}
     config = base(
         method,
         arms,
-        common.imagenet({"jitter": 0.4, "erasing": 0.25}, batch_size=256, validation_size=10000),
+        common.imagenet({"jitter": 0.4, "erasing": 0.25}, batch_size=256, **split),
         common.model("resnet50"),
         common.optimizer("adamw", 5e-4, weight_decay=0.05, clip_norm=2.0, schedule=schedule),
         log_every=100,

@@ -2,7 +2,8 @@
 
     python -m jaxvision.main --config=configs/rankmixup.py
         noisy handwritten digits, a network of four layers, four seeds; weight 0 is the control: the same forward passes
-        and batch statistics without the ranking loss
+        and batch statistics without the ranking loss; expected: MRL lowers the control's ECE (10 to 8 % at weight 0.1,
+        to 7 % at 0.3) for a point or two of accuracy, M-NDCG at 0.1 doesn't
     python -m jaxvision.main --config=configs/rankmixup.py:cifar10_subset --config.data.path='DIR/cifar10_{split}.npz'
         a few thousand real images
     python -m jaxvision.main --config=configs/rankmixup.py:cifar100_resnet50 --config.data.path=DIR

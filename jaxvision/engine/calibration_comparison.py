@@ -4,27 +4,30 @@ The only place where their configuration is read (its fields are explained in ``
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxvision.core.config import Config
-from jaxvision.core.errors import ConfigError
+from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.data import EvalBatches
 from jaxvision.data.transforms import IGNORE
 from jaxvision.engine import arms, calibration_arms, calibration_names, calibration_table, recipes
-from jaxvision.engine.calibration_arms import Monitor, Trainer
+from jaxvision.engine.calibration_arms import Monitor
 from jaxvision.engine.calibration_names import Recipe
 from jaxvision.engine.calibration_outcome import Addition, Measuring, Run
 from jaxvision.engine.datasets import other_evaluation
 from jaxvision.engine.seeds import HOW
-from jaxvision.engine.task import Batch, Task
+from jaxvision.engine.task import Task
 from jaxvision.metrics.calibration_scaling import METHODS
 from jaxvision.metrics.long_tail import groups_by_rank
 from jaxvision.models import zoo
 from jaxvision.optim import schedules
+
+_PART = 256
+"""Label maps that are looked at together."""
 
 Monitors = Callable[[Recipe], Callable[[Mapping[str, Any]], Monitor] | None]
 
@@ -47,7 +50,9 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
     data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name), index=index)
     model = recipes.build_model(config.model, data)
     outputs = jax.eval_shape(lambda: model.module.init_with_output(jax.random.key(0), model.image)[0]).shape[1:]
-    measuring = _measuring(config, data, dense=len(outputs) > 1)
+    dense = len(outputs) > 1
+    measuring, unknown = _measuring(config, data, dense=dense), _unknown(config, data, dense=dense)
+    _check_labels(data, outputs)
     per_epoch = data.train.steps_per_epoch
     steps = max(schedules.epochs_to_steps(config.positive("epochs"), per_epoch), 1)
     every = round(config.positive("eval_every_epochs", zero=True) * per_epoch)
@@ -69,7 +74,9 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
         train_size=data.train_examples.num_examples,
         num_bins=measuring.num_bins,
     )
-    _check_batch(data.train.batch_at(0), trainers)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), data.train.batch_at(0))
+    for trainer in trainers:
+        trainer.try_loss(shapes)
     ways = tuple(trainer.arm() for trainer in trainers)
     stages = arms.stages(
         ways,
@@ -80,7 +87,7 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
         how=config.one_of("how", HOW),
     )
     title = f"{title}: {model.name} on {config.data.source}"
-    run = Run(title, seeds, trainers, ways, model, data, measuring, _unknown(config, data))
+    run = Run(title, seeds, trainers, ways, model, data, measuring, unknown)
     init = functools.partial(arms.start_state, model.init, seeds)
     # Shaping the state finds what the parameters' names and shapes can tell.
     jax.eval_shape(stages[0].begin, jax.eval_shape(init, _key()), _key())
@@ -93,10 +100,15 @@ def _key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _unknown(config: Config, data: recipes.Data) -> dict[str, EvalBatches]:
+def _unknown(config: Config, data: recipes.Data, *, dense: bool) -> dict[str, EvalBatches]:
     """The block ``ood``: name -> out-of-distribution images."""
     block = config.ood
     name, _ = block.source, (block.path, block.split, block.options.to_dict())
+    if name and dense:
+        raise ConfigError(
+            f"{block.where('source')}={name!r} is for networks that label images, but {config.model.name} labels "
+            "pixels; set it to ''"
+        )
     return {name: other_evaluation(block, data, data.eval.batch_size)} if name else {}
 
 
@@ -144,23 +156,36 @@ def _measuring(config: Config, data: recipes.Data, *, dense: bool) -> Measuring:
     return measuring
 
 
-def _check_batch(batch: Batch, trainers: tuple[Trainer, ...]) -> None:
-    """Looks at one batch's labels and tries each loss on its shapes."""
-    outputs, dense = trainers[0].outputs, trainers[0].dense
-    name = "label_map" if dense else "label"
+def _check_labels(data: recipes.Data, outputs: tuple[int, ...]) -> None:
+    """Do the labels fit the network? Those of all pixels in memory; of other data those of each split's first batch."""
+    dense, classes = len(outputs) > 1, outputs[-1]
+    name, batch = "label_map" if dense else "label", data.train.batch_at(0)
     if name not in batch:
         raise ConfigError(
-            f"the network labels {'pixels' if dense else 'images'}, but the data have no '{name}'; for shapes set "
+            "the network labels pixels, but the data have no 'label_map'; for shapes set "
             "config.data.options.label_map to True"
+            if dense
+            else "the network labels images, but the data have no 'label'; set config.model.name to a network that "
+            "labels pixels, such as plain_cnn_dense"
         )
-    labels = np.asarray(batch[name])
-    if dense and labels.shape[1:] != outputs[:-1]:
-        raise ConfigError(f"the network labels {outputs[:-1]} pixels, but the label maps have {labels.shape[1:]}")
-    counted = labels[labels != IGNORE] if dense else labels
-    if counted.size and counted.max() >= outputs[-1]:
-        raise ConfigError(
-            f"label {counted.max()} of the first batch is none of the data's {outputs[-1]} classes "
-            f"(0 to {outputs[-1] - 1})"
-        )
-    for trainer in trainers:
-        trainer.try_loss(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch))
+    if dense and batch[name].shape[1:] != outputs[:-1]:
+        raise ConfigError(f"the network labels {outputs[:-1]} pixels, but the label maps have {batch[name].shape[1:]}")
+    splits = {"training": data.train_examples, "validation": data.validation, "test": data.eval}
+    found = {split: _label_maps(batches) for split, batches in splits.items()} if dense else {"training": [batch[name]]}
+    for split, labels in ((split, labels) for split, parts in found.items() for labels in parts):
+        wrong = labels[((labels < 0) | (labels >= classes)) & ((labels != IGNORE) | (not dense))]
+        if wrong.size:
+            raise DataError(
+                f"label {wrong[0]} of the {split} images is none of the data's {classes} classes (0 to {classes - 1})"
+                f"{f'; pixels that do not count have the label {IGNORE}' if dense else ''}"
+            )
+
+
+def _label_maps(batches: EvalBatches) -> Iterator[np.ndarray]:
+    """All label maps of a source in memory, a part at a time; of one whose images are decoded the first batch's."""
+    source = batches.source
+    if not getattr(source, "in_memory", False):
+        yield batches.batch_at(0)["label_map"]
+        return
+    for start in range(0, len(source), _PART):
+        yield source.take(np.arange(start, min(start + _PART, len(source))))["label_map"]

@@ -65,8 +65,8 @@ def parse(text: str, configured: Mapping[str, Mapping[str, Any]]) -> Recipe:
     short = "".join(text.split())
     known = {**_defaults(spec.function), **spec.hyper, **spec.mixing}
     for key in given:
-        if name in registry.LOSSES and (key not in known or key == "where"):
-            raise unknown(f"config.arms has {text!r}: the hyper-parameter", key, set(known) - {"where"})
+        if name in registry.LOSSES and (key not in known or key in registry.MASKS):
+            raise unknown(f"config.arms has {text!r}: the hyper-parameter", key, set(known) - registry.MASKS)
     hyper, mixing = spec.settings(None, **{**configured.get(name, {}), **given})
     grid = {key: value for key, value in hyper.items() if isinstance(value, tuple)}
     for key, value in {**hyper, **mixing}.items():

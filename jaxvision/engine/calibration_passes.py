@@ -102,7 +102,7 @@ def raw_and_mixed(settings: Mapping[str, Any], num_classes: int) -> Passes:
         return {**batch, **partner, "image": jnp.concatenate([batch["image"], mixed])}
 
     def loss(call: LossCall, outputs: jax.Array, batch: Batch) -> Any:
-        labels, _ = _arguments(batch)
+        labels, where = _arguments(batch)
         raw, mixed = jnp.split(outputs, 2)
         return call(
             raw,
@@ -110,7 +110,8 @@ def raw_and_mixed(settings: Mapping[str, Any], num_classes: int) -> Passes:
             mixed_logits=mixed,
             partner_labels=batch["partner_label"],
             lam=batch["lam"],
-            where=batch.get("both"),
+            where=where,
+            mixed_where=batch.get("both"),
         )
 
     return Passes(loss, lambda outputs: jnp.split(outputs, 2)[0], prepare)

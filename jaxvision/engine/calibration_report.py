@@ -1,7 +1,7 @@
 """Calibration numbers for people: each beside its interval and what a perfectly calibrated model would score."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ TITLES = {
     "underconfidence": "under-confidence UE (%)",
 }
 """In the order of the table."""
+MOST_KEPT = 1 << 16
+"""Entries in which an assessment keeps the confidences: those of all pixels of a data set would be gigabytes each."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Assessment:
     """A measured set with what its errors are worth.
 
     Attributes:
-      measured: the numbers.
+      measured: the numbers; of large sets ``ranked`` takes neighbours in confidence together.
       floors: what a perfectly calibrated model would score; empty without simulations.
       intervals: 95 % of the errors.
     """
@@ -59,10 +61,11 @@ def assess(
     ``simulations`` is the number of draws of the floor and of resamples of the intervals; 0: neither.
     """
     measured = measure(rows, scaling, **options)
+    kept = replace(measured, ranked=measured.ranked.grouped(MOST_KEPT))
     if not simulations:
-        return Assessment(measured, {}, {})
+        return Assessment(kept, {}, {})
     floors = noise_floor(measured, simulations=simulations, seed=seed)
-    return Assessment(measured, floors, intervals(measured, floors, resamples=simulations, seed=seed))
+    return Assessment(kept, floors, intervals(measured, floors, resamples=simulations, seed=seed))
 
 
 def _cell(name: str, value: float) -> str:

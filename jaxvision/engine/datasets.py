@@ -11,7 +11,7 @@ from jaxvision.data.sources import labels_of
 from jaxvision.engine.pipelines import PIPELINES, Augment, build_pipeline
 from jaxvision.models import zoo
 
-RULES = ("fixed", "shuffle", "per_class")
+RULES = ("fixed", "shuffle", "per_class", "eval")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True,
     """The batches of a ``data`` block.
 
     Fields: source, path ("": none), options (a block for the source), train_split, eval_split, train_size (0: all),
-    validation_size (held out of the training split), batch_size, eval_batch_size, pipeline, size (0: as the images are,
+    validation_size (held out, see :func:`cut`), batch_size, eval_batch_size, pipeline, size (0: as the images are,
     the network's, or the recipe's), mean and std ((): the network's), augment (a block, see
     :class:`~jaxvision.engine.pipelines.Augment`).
     And, which may be left out: validation_rule and validation_seed (see :func:`cut`), class_aware (examples that a
@@ -81,11 +81,15 @@ def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True,
     if eval_mean or eval_std:
         changed = (eval_mean or mean, eval_std or std)
         evaluation = build_pipeline(kind, augment, where, size, held_out, spec, *changed).eval
-    batches = train_examples = validation = None
+    batches = train_examples = validation = chosen = None
+    if rule[0] == "eval":
+        held_out, chosen = cut(config, held_out, 0, sizes[1], split=eval_split)
+        sizes, rule = (sizes[0], 0), RULES[:1]
     if train:
         examples = open_source(source, path=path, split=train_split, **options)
         _check_same_classes(config, examples, held_out)
-        examples, chosen = cut(config, examples, *sizes, *rule)
+        examples, own = cut(config, examples, *sizes, *rule)
+        chosen = own if chosen is None else chosen
         validation = None if chosen is None else EvalBatches(chosen, eval_batch_size, index=index, **pipeline.eval)
         order = {"seed": seed, "class_aware": class_aware, "index": index}
         batches = TrainBatches(examples, batch_size, **order, **pipeline.train)
@@ -104,7 +108,14 @@ def build_data(config: Config, seed: int, spec: zoo.Spec, *, train: bool = True,
 
 
 def cut(
-    config: Config, examples: Source, train: int, validation: int, rule: str = "fixed", seed: int = 0
+    config: Config,
+    examples: Source,
+    train: int,
+    validation: int,
+    rule: str = "fixed",
+    seed: int = 0,
+    *,
+    split: str = "",
 ) -> tuple[Source, Source | None]:
     """``train`` (0: all that remain) training examples and ``validation`` others.
 
@@ -114,8 +125,11 @@ def cut(
       train, validation: how many.
       rule: which are held out. "fixed": the last ones in one random order, the same for every seed. "shuffle": the
         first ones of a shuffle, CIFAR's split in published code (:func:`jaxvision.data.splits.shuffled`). "per_class":
-        as many of each class, Tiny-ImageNet's (:func:`~jaxvision.data.splits.per_class`).
+        as many of each class, Tiny-ImageNet's (:func:`~jaxvision.data.splits.per_class`). In a configuration also
+        "eval": the validation examples are those of the rule "fixed" in the evaluation split, which is tested without
+        them, and training has all of its own, as in the papers on ImageNet.
       seed: of the published rules.
+      split: the split's name, for messages; "": the training split's.
 
     Raises:
       ConfigError: there aren't so many.
@@ -125,7 +139,7 @@ def cut(
     if (train or 1) + validation > len(examples):
         raise ConfigError(
             f"{config.where('train_size')}={train} and {config.where('validation_size')}={validation} "
-            f"don't fit into the {len(examples)} examples of the split '{config.train_split}'"
+            f"don't fit into the {len(examples)} examples of the split '{split or config.train_split}'"
         )
     order = np.random.RandomState(0).permutation(len(examples))  # its streams are frozen for good
     chosen = order[len(order) - validation :]

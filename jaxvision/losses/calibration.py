@@ -9,6 +9,10 @@ padding or carry an ignored label; they leave every sum and every denominator, m
 without any valid row all values are 0. The arithmetic is float32 whatever the logits' dtype, float64 for float64.
 A maximum is taken at its first index and hinges have slope 0 at their kink, as in PyTorch.
 
+All raise ``ConfigError`` for shapes that don't fit, labels that aren't integers and fewer than two classes, and
+``DataError`` for a label out of range (under ``jit`` the loss is NaN instead): see :func:`rows`. What else one raises
+stands with it.
+
 Under ``pmap`` means over rows have the global number of valid rows in their denominator, so that the mean over
 devices of the gradients is the gradient of the whole batch. Losses that aren't means over rows (MMCE, MDCA, DCA, CRL)
 look at one device's rows there.
@@ -191,6 +195,9 @@ def label_smoothing(
 
     Returns:
       ``extra`` is the uniform term.
+
+    Raises:
+      ConfigError: ``epsilon`` outside [0, 1]; and the errors of the module's text.
 
     Source: Szegedy et al. 2016; ``losses/label_smoothing`` of the official codes of ACLS and RankMixup.
     """

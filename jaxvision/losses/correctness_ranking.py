@@ -127,7 +127,8 @@ def crl(
       confidence: "max" softmax, "entropy" (negative, divided by log K) or "margin" (largest two probabilities).
 
     Raises:
-      ConfigError: an unknown confidence, a negative weight, or indices of another shape.
+      ConfigError: an unknown confidence, a negative weight, or indices of another shape; and the errors of
+        :mod:`jaxvision.losses.calibration`.
 
     Source: Moon et al., ICML 2020; ``crl_utils`` of its official code.
     """

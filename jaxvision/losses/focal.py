@@ -36,6 +36,9 @@ def focal(
       logits, labels, where: see :mod:`jaxvision.losses.calibration`.
       gamma: at least 0; 0 is cross-entropy.
 
+    Raises:
+      ConfigError: a negative ``gamma``; and the errors of :mod:`jaxvision.losses.calibration`.
+
     Source: Lin et al. 2017; ``losses/focal_loss`` of the official code of RankMixup, which takes the mean over the
     batch (the focal calibration code of Mukhoti et al. 2020 takes the sum).
     """
@@ -55,6 +58,9 @@ def flsd(
     Args:
       logits, labels, where: see :mod:`jaxvision.losses.calibration`.
       gamma: at least 0.
+
+    Raises:
+      ConfigError: a negative ``gamma``; and the errors of :mod:`jaxvision.losses.calibration`.
 
     Source: Mukhoti et al. 2020; ``losses/focal_loss_adaptive_gamma`` of the official code of RankMixup.
     """

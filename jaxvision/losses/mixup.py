@@ -28,6 +28,9 @@ def mixup(
       lam: in [0, 1], one number for the batch.
       where: bool [...], rows that count: both images of the pair are valid.
 
+    Raises:
+      ConfigError: ``lam`` outside [0, 1]; and the errors of :mod:`jaxvision.losses.calibration`.
+
     Source: Zhang et al., ICLR 2018.
     """
     check_number("lam", lam, 0, 1)
@@ -46,6 +49,7 @@ def regmixup(
     eta: float = 1.0,
     reduction: Literal["mean2n", "sum"] = "mean2n",
     where: jax.Array | None = None,
+    mixed_where: jax.Array | None = None,
 ) -> CalibrationLoss:
     """``CE(f(x), y) + eta mixup(f(x~))``, or half of it; ``extra`` is the mixup cross-entropy.
 
@@ -53,10 +57,16 @@ def regmixup(
 
     Args:
       logits, mixed_logits: float [..., K], the two halves of the network's output.
-      labels, partner_labels, lam, where: as for :func:`mixup`.
+      labels, partner_labels, lam: as for :func:`mixup`.
       eta: weight, at least 0.
       reduction: "mean2n" divides the sum by 2, which is the mean over the 2 N rows for eta = 1 (official); "sum"
         doesn't.
+      where: bool [...], rows of raw images that count.
+      mixed_where: bool [...], rows of mixed ones: both images of the pair are valid; absent: ``where``.
+
+    Raises:
+      ConfigError: an unknown reduction, numbers out of range, halves of different shapes; and the errors of
+        :mod:`jaxvision.losses.calibration`.
 
     Source: Pinto et al., NeurIPS 2022; its official code.
     """
@@ -68,8 +78,9 @@ def regmixup(
             f"logits of raw images have shape {jnp.shape(logits)}, of mixed images {jnp.shape(mixed_logits)}; "
             "both halves of the batch need the same"
         )
+    mixed_where = where if mixed_where is None else mixed_where
     given = rows(logits, labels, where)
     raw = mean_cross_entropy(given)
-    mixed = mixup(mixed_logits, labels, partner_labels=partner_labels, lam=lam, where=where).total
+    mixed = mixup(mixed_logits, labels, partner_labels=partner_labels, lam=lam, where=mixed_where).total
     total = raw + eta * mixed
     return given.loss(total / 2 if reduction == "mean2n" else total, raw, mixed)

@@ -59,7 +59,8 @@ def mmce(
       width: of the kernel, above 0.
 
     Raises:
-      ConfigError: more than 32768 rows.
+      ConfigError: more than 32768 rows, a negative ``weight``, a ``width`` of 0 or less; and the errors of
+        :mod:`jaxvision.losses.calibration`.
 
     Source: Kumar et al. 2018; ``losses/mmce`` of the official code of RankMixup.
     """
@@ -89,7 +90,7 @@ def mmce_weighted(
     Where rounding makes the root's argument negative, the penalty and its gradient are 0 (NaN officially).
 
     Args:
-      logits, labels, where, width: as for :func:`mmce`, and its error.
+      logits, labels, where, width: as for :func:`mmce`, and its errors.
       weight: at least 0.
 
     Source: Kumar et al. 2018; ``losses/mmce`` of the official code of RankMixup, weight of the scripts of FLSD.
@@ -129,7 +130,8 @@ def cpc(
       lambda_bdc, lambda_bec: at least 0.
 
     Raises:
-      ConfigError: two classes, for which BEC isn't defined, unless ``lambda_bec`` is 0.
+      ConfigError: two classes, for which BEC isn't defined, unless ``lambda_bec`` is 0; a negative weight; and the
+        errors of :mod:`jaxvision.losses.calibration`.
 
     Source: Cheng and Vasconcelos, CVPR 2022, as in ``cpc_loss`` of the official code of CALS.
     """

@@ -36,6 +36,9 @@ def entropy_penalty(
       logits, labels, where: see :mod:`jaxvision.losses.calibration`.
       alpha: weight, at least 0.
 
+    Raises:
+      ConfigError: a negative ``alpha``; and the errors of :mod:`jaxvision.losses.calibration`.
+
     Source: Pereyra et al. 2017; ``losses/penalty_entropy`` of the official code of RankMixup.
     """
     check_number("alpha", alpha)
@@ -56,6 +59,9 @@ def l1_penalty(
     Args:
       logits, labels, where: see :mod:`jaxvision.losses.calibration`.
       alpha: weight, at least 0.
+
+    Raises:
+      ConfigError: a negative ``alpha``; and the errors of :mod:`jaxvision.losses.calibration`.
 
     Source: ``losses/penalty_l1`` of the official code of RankMixup.
     """
@@ -80,6 +86,9 @@ def mbls(
       logits, labels, where: see :mod:`jaxvision.losses.calibration`.
       margin: at least 0; 6 on CIFAR, 10 on Tiny-ImageNet, ImageNet, VOC and CUB.
       alpha: weight, at least 0.
+
+    Raises:
+      ConfigError: a negative ``margin`` or ``alpha``; and the errors of :mod:`jaxvision.losses.calibration`.
 
     Source: Liu et al., CVPR 2022; ``losses/logit_margin_l1`` of its official code.
     """
@@ -121,6 +130,10 @@ def mdca(
       beta: weight, at least 0.
       base: cross-entropy, or focal loss with ``gamma``.
 
+    Raises:
+      ConfigError: a negative ``beta`` or ``gamma``, an unknown ``base``; and the errors of
+        :mod:`jaxvision.losses.calibration`.
+
     Source: Hebbalaguppe et al., CVPR 2022; ``solvers/loss`` of its official code. (The official code of RankMixup
     applies the softmax twice here, which isn't followed.)
     """
@@ -148,6 +161,10 @@ def dca(
       logits, labels, where: see :mod:`jaxvision.losses.calibration`.
       beta: weight, at least 0.
       base: cross-entropy, or focal loss with ``gamma``.
+
+    Raises:
+      ConfigError: a negative ``beta`` or ``gamma``, an unknown ``base``; and the errors of
+        :mod:`jaxvision.losses.calibration`.
 
     Source: Liang et al. 2020; ``solvers/loss`` of the official code of MDCA.
     """

@@ -19,6 +19,8 @@ from typing import Any, Literal
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.losses.calibration import CalibrationLoss, cross_entropy
 
+MASKS = frozenset({"where", "mixed_where"})
+"""Arguments of losses that say which rows count: no hyper-parameters."""
 Needs = Literal["logits", "history", "mixup", "raw_and_mixup", "views"]
 
 
@@ -29,7 +31,7 @@ class LossSpec:
     Attributes:
       path: "package.module:function".
       hyper: keyword arguments of the function, the general defaults.
-      mixing: how images are mixed: ``alpha`` of the Beta distribution, ``num_views``.
+      mixing: how images are mixed: ``alpha`` of the Beta distribution; RankMixup's ``num_views`` and ``per_sample``.
       by_data: data set -> numbers that replace those of ``hyper`` and ``mixing``.
       needs: what the training step has to provide. "logits": nothing else. "history": CRL's ``history`` and
         ``sample_index``. "mixup": logits of mixed images alone, ``partner_labels`` and ``lam``. "raw_and_mixup": both
@@ -67,7 +69,7 @@ class LossSpec:
         Raises:
           ConfigError: an override that neither the function nor the mixing knows.
         """
-        accepted = _keywords(self.function) - {"where"}
+        accepted = _keywords(self.function) - MASKS
         hyper, mixing = dict(self.hyper), dict(self.mixing)
         for key, value in {**self.by_data.get(data or "", {}), **overrides}.items():
             if key in mixing:
@@ -158,7 +160,9 @@ _ACLS = "jaxvision.methods.acls.acls"
 _RANKMIXUP = "jaxvision.methods.rankmixup.rankmixup"
 _LOSSES = "jaxvision.losses"
 
-_SMALL_MARGIN = {name: {"margin": 6.0} for name in ("cifar10", "cifar100", "cifar10_lt", "cifar100_lt", "digits")}
+# CIFAR's for our own small data too: the logits of a small network hardly reach 10.
+_SMALL = ("cifar10", "cifar100", "cifar10_lt", "cifar100_lt", "digits", "scenes")
+_SMALL_MARGIN = {name: {"margin": 6.0} for name in _SMALL}
 _TINY_VIEWS = {"tiny_imagenet": {"alpha": 1.0}}
 _REGMIXUP = {"cifar10": {"alpha": 20.0}, "cifar10_lt": {"alpha": 20.0}}
 
@@ -194,7 +198,7 @@ LOSSES: dict[str, LossSpec] = {
     "mrl": LossSpec(
         f"{_RANKMIXUP}:mrl_loss",
         {"margin": 2.0, "weight": 0.1},
-        mixing={"alpha": 2.0, "num_views": 1},
+        mixing={"alpha": 2.0, "num_views": 1, "per_sample": False},
         by_data={"tiny_imagenet": {"alpha": 1.0, "margin": 1.0}},
         needs="views",
         passes="jaxvision.methods.rankmixup.training:mrl_passes",
@@ -202,7 +206,7 @@ LOSSES: dict[str, LossSpec] = {
     "mndcg": LossSpec(
         f"{_RANKMIXUP}:mndcg_loss",
         {"weight": 0.1},
-        mixing={"alpha": 2.0, "num_views": 3},
+        mixing={"alpha": 2.0, "num_views": 3, "per_sample": False},
         by_data=_TINY_VIEWS,
         needs="views",
         passes="jaxvision.methods.rankmixup.training:mndcg_passes",

@@ -2,6 +2,9 @@
 
     python -m jaxvision.tools.import_weights --from resnet50.pth --model resnet50 --to resnet50.safetensors
     python -m jaxvision.tools.import_weights --from resnet20.safetensors --model resnet20 --check --images test.npz
+    python -m jaxvision.tools.import_weights --from resnet20.pth --model resnet20 --images test.npz --logits logits.npz
+
+The last one's file is what jaxvision.tools.calibration reads: how calibrated is a released network?
 
 Nothing in the file is executed. Exit codes: 0 done, 64 a file or an option that is wrong.
 """
@@ -17,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxvision.core import trees
-from jaxvision.core.errors import ConfigError, DataError
+from jaxvision.core.errors import ConfigError, DataError, StorageError
 from jaxvision.models import torch_import, weight_file, zoo
 from jaxvision.tools import command_line
 
@@ -38,6 +41,7 @@ def _parser() -> command_line.Parser:
     add("--to", type=Path, metavar="OUT.safetensors", help="write the converted weights there")
     add("--check", action="store_true", help="convert, run a fixed input through the network, print what came out")
     add("--images", type=Path, metavar="FILE.npz", help="classify its `image` (N,H,W,C uint8) and compare with `label`")
+    add("--logits", type=Path, metavar="OUT.npz", help="write the logits of --images and their labels there")
     add("--drop", action="append", default=[], metavar="KEY", help="a tensor or module of the file to leave out")
     add("--skip_unknown", action="store_true", help="pass over objects in a PyTorch file that are no weights")
     return parser
@@ -47,12 +51,18 @@ def run(options: argparse.Namespace) -> None:
     """Converts, then checks, classifies and writes as the options say.
 
     Raises:
-      ConfigError, DataError: see :mod:`jaxvision.models.weight_file` and :mod:`jaxvision.models.torch_import`.
+      ConfigError, DataError: see :mod:`jaxvision.models.weight_file` and :mod:`jaxvision.models.torch_import`; an
+        images file that is missing, damaged or doesn't fit the network.
+      StorageError: --logits can't be written.
     """
     if not (options.to or options.check or options.images):
         raise ConfigError("nothing to do: give --to OUT.safetensors, --check or --images FILE.npz")
     if options.to and options.to.suffix != ".safetensors":
         raise ConfigError(f"--to {options.to} must end in .safetensors")
+    if options.logits and not options.images:
+        raise ConfigError(f"--logits {options.logits} needs --images FILE.npz, whose logits these are")
+    if options.logits and options.logits.suffix != ".npz":
+        raise ConfigError(f"--logits {options.logits} must end in .npz")
     name, spec = options.model, zoo.spec(options.model)
     if options.images and spec.dense:
         raise ConfigError(f"--images classifies images, but {name} labels their pixels; use --check")
@@ -73,7 +83,12 @@ def run(options: argparse.Namespace) -> None:
     if options.check:
         print(check(apply, variables, spec.input_size))
     if options.images:
-        print(classify(apply, variables, spec, options.images))
+        images, labels = _read_images(options.images, spec.input_size)
+        logits = classify(apply, variables, spec, images)
+        right = int(np.sum(np.argmax(logits, -1) == labels))
+        print(f"top-1: {right} of {len(images)} right ({100 * right / len(images):.2f} %)")
+        if options.logits:
+            _save_logits(options.logits, logits, labels)
     if options.to:
         weight_file.save_variables(options.to, variables, {"model": name, "num_classes": num_classes})
         print(f"wrote {options.to}")
@@ -93,23 +108,25 @@ def check(apply: Any, variables: Any, input_size: tuple[int, int]) -> str:
     return f"logits of a fixed input: shape {logits.shape}, finite, sum {total:.5g}, mean magnitude {size:.5g}"
 
 
-def classify(apply: Any, variables: Any, spec: zoo.Spec, path: Path) -> str:
-    """Top-1 of the images in an npz file, normalised as the network wants them.
-
-    Raises:
-      DataError: the file is missing or damaged, or its arrays don't fit the network.
-    """
-    images, labels = _read_images(path, spec.input_size)
+def classify(apply: Any, variables: Any, spec: zoo.Spec, images: np.ndarray) -> np.ndarray:
+    """The logits float32 [N, K] of images uint8 [N, H, W, 3], normalised as the network wants them."""
     mean, std = np.float32(spec.mean), np.float32(spec.std)
-    right = 0
+    logits = []
     for start in range(0, len(images), _BATCH):
         part = (images[start : start + _BATCH].astype(np.float32) / 255 - mean) / std
         real = len(part)
         # The last batch is filled up so that there is one compiled program.
         part = np.concatenate([part, np.zeros((_BATCH - real, *part.shape[1:]), np.float32)])
-        predicted = np.argmax(np.asarray(apply(variables, part))[:real], -1)
-        right += int(np.sum(predicted == labels[start : start + real]))
-    return f"top-1: {right} of {len(images)} right ({100 * right / len(images):.2f} %)"
+        logits.append(np.asarray(apply(variables, part))[:real])
+    return np.concatenate(logits)
+
+
+def _save_logits(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
+    try:
+        np.savez(path, logits=logits, labels=labels)
+    except OSError as error:
+        raise StorageError(f"{path} can't be written ({error.strerror or error})") from error
+    print(f"wrote {path}")
 
 
 def _read_images(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

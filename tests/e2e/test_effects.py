@@ -27,3 +27,41 @@ def test_instance_aware_groups_beat_as_many_static_ones_at_3_bits(tmp_path):
     assert all(b < a for a, b in zip(static, ours))
     assert sum(ours) < 0.75 * sum(static)
     assert sum(bound) < sum(ours)
+
+
+def calibration_of(config, arms, folder):
+    """What each row's networks scored on the test images: label -> name -> a number a seed."""
+    flags = [
+        f"--config=configs/{config}.py",
+        f"--workdir={folder}",
+        f"--config.arms={arms!r}",
+        "--config.simulations=0",
+    ]
+    subprocess.run([sys.executable, "-m", "jaxvision.main", *flags], cwd=ROOT, check=True)
+    numbers = json.loads((folder / "calibration.json").read_text())
+    names = ("ece", "accuracy")
+    return {
+        label: {name: [each["before"]["metrics"][name]["value"] for each in networks] for name in names}
+        for label, networks in numbers.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_acls_halves_the_error_of_cross_entropy_at_no_loss_of_accuracy(tmp_path):
+    """Section 10 of the specification: a third of it at the published margin of small data."""
+    found = calibration_of("acls", ("ce", "acls"), tmp_path)
+    plain, ours = found["ce"], found["acls"]
+    assert all(b < a for a, b in zip(plain["ece"], ours["ece"]))
+    assert sum(ours["ece"]) < 0.5 * sum(plain["ece"])
+    assert sum(ours["accuracy"]) > sum(plain["accuracy"]) - 0.015 * len(plain["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_mrl_lowers_the_error_of_its_own_control(tmp_path):
+    """Section 10 of the specification: against weight 0, the same views, passes and batch statistics."""
+    found = calibration_of("rankmixup", ("mrl(weight=(0,0.3))",), tmp_path)
+    control, ours = found["mrl(weight=0)"], found["mrl(weight=0.3)"]
+    assert sum(ours["ece"]) < 0.85 * sum(control["ece"])
+    assert sum(ours["accuracy"]) > sum(control["accuracy"]) - 0.04 * len(control["accuracy"])

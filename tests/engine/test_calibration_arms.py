@@ -65,7 +65,7 @@ def train_logits(state, images):
     return _forward(supervised.variables(state), images)
 
 
-@pytest.mark.parametrize("name", [*registry.LOSSES, "acls(margin=(1,2))", "mndcg(num_views=2)"])
+@pytest.mark.parametrize("name", [*registry.LOSSES, "acls(margin=(1,2))", "mndcg(num_views=2,per_sample=True)"])
 def test_every_loss_steps_for_several_members(name):
     way = trainer(name)
     way.try_loss(batch())
@@ -114,6 +114,22 @@ def test_regmixup_passes_both_halves_at_once():
     expected = cross_entropy(logits[:N], rows["label"]).total + lam * mixed[0] + (1 - lam) * mixed[1]
     np.testing.assert_allclose(way.loss({})(logits, prepared)[0], expected, rtol=1e-5)
     np.testing.assert_array_equal(way.passes.raw(logits), logits[:N])
+
+
+def test_regmixup_counts_raw_pixels_whose_partners_have_no_label():
+    """The raw term's pixels are the image's own, the mixed one's those that both images label."""
+    way, rows = trainer("regmixup(alpha=1.0,reduction=sum)", dense=True), batch(dense=True)
+    rows["label_map"][1, 2:] = 255
+    prepared = jax.jit(way.passes.prepare)(way.targets(rows), jax.random.key(3))
+    permutation = np.asarray(jax.jit(lambda key: draw_pairs(key, N, 1.0))(jax.random.key(3)).permutation)
+    own = rows["label_map"] != 255
+    both = own & own[permutation]
+    assert own.sum() > both.sum()
+    logits = np.asarray(jax.random.normal(jax.random.key(1), (2 * N, 4, 4, K)))
+    lam, labels = float(prepared["lam"]), rows["label_map"].astype(np.int32)
+    mixed = [cross_entropy(logits[N:], y, where=both).total for y in (labels, labels[permutation])]
+    expected = cross_entropy(logits[:N], labels, where=own).total + lam * mixed[0] + (1 - lam) * mixed[1]
+    np.testing.assert_allclose(way.loss({})(logits, prepared)[0], expected, rtol=1e-5)
 
 
 def test_crl_remembers_what_was_right():
@@ -177,7 +193,7 @@ def branches(logits, labels, *, where=None, power=1.0):
         ("crl", False, "index", "needs the number of each training example, but the batches have no 'index'"),
         ("mrl(num_views=3)", False, "", "MRL compares an image with one mixture, but there are 3 views"),
         ("acls(margin=(-1,2))", False, "", "margin=-1 must be at least 0"),
-        ("mndcg(num_views=0)", False, "", "num_views=0 must be at least 1"),
+        ("mndcg(num_views=2.5)", False, "", "num_views=2.5 must be a whole number of at least 1"),
         ("mndcg", True, "", "which is for images, but these are pixels' labels"),
         (f"{__name__}:branches(power=(1.0,2.0))", False, "", "power decide.* what the loss computes.*one arm for each"),
     ],

@@ -187,19 +187,38 @@ def test_crl_remembers_the_examples_of_its_batches():
     assert 0 < after[seen].sum() < 64 and not after[~seen].any()
 
 
-def test_labels_beyond_the_classes_and_maps_of_another_size(monkeypatch):
+@pytest.mark.parametrize(("where", "label"), [("train", 3), ("train", -1), ("test", 2), ("test", -1)])
+def test_labels_beyond_the_classes_in_any_split(monkeypatch, where, label):
+    """Also where they stand in one image alone."""
+
     def source(name, path, split):
         made = Pixels(split)
-        made._leaves["label_map"] = made._leaves["label_map"] + np.uint8(2) * (made._leaves["label_map"] == 1)
+        if split == where:
+            maps = made._leaves["label_map"].astype(np.int16)
+            maps[-1, -1, -1] = label
+            made._leaves["label_map"] = maps
         return made
 
     monkeypatch.setattr(datasets, "open_source", source)
-    with pytest.raises(ConfigError, match=r"label 3 of the first batch is none of the data's 2 classes \(0 to 1\)"):
+    which = "training|validation" if where == "train" else "test"
+    message = rf"label {label} of the ({which}) images is none of the data's 2 classes \(0 to 1\)"
+    with pytest.raises(DataError, match=message):
         task(arms=("ce",), **PIXELS)
+
+
+def test_networks_and_data_of_pixels_belong_together(monkeypatch):
     monkeypatch.setattr(datasets, "open_source", lambda name, path, split: Pixels(split))
     settings = {"features": (3,), "strides": (2,), "dilations": (1,), "dense": True}
     with pytest.raises(ConfigError, match=r"the network labels \(3, 3\) pixels, but the label maps have \(6, 6\)"):
         task(arms=("ce",), **{**PIXELS, "model__settings": settings})
+    ood = {"source": "digits", "path": "", "split": "test", "options": {}}
+    with pytest.raises(ConfigError, match=r"config.ood.source='digits' is for networks that label images"):
+        task(arms=("ce",), ood=ood, **PIXELS)
+    scenes = {"data__source": "scenes", "data__options": {"n": 32, "size": 16}, "data__mean": (), "data__std": ()}
+    monkeypatch.undo()
+    small = {"data__train_size": 16, "data__validation_size": 16, "data__batch_size": 8, "data__eval_batch_size": 8}
+    with pytest.raises(ConfigError, match=r"the network labels images, but the data have no 'label'; set config.model"):
+        task(arms=("ce",), **scenes, **small)
 
 
 def test_a_temperature_is_not_fitted_on_what_is_reported(tmp_path, monkeypatch):

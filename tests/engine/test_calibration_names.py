@@ -23,7 +23,7 @@ def test_numbers_of_the_configuration_then_those_of_the_name():
     assert changed.hyper == {**plain.hyper, "margin": 8, "reference": "min"}
     assert (plain.text, changed.text) == ("acls", "acls(margin=8,reference=min)")
     mixed = parse("mrl(weight=0.5)", CONFIGURED)
-    assert (mixed.hyper["weight"], mixed.mixing) == (0.5, {"alpha": 1.5, "num_views": 1})
+    assert (mixed.hyper["weight"], mixed.mixing) == (0.5, {"alpha": 1.5, "num_views": 1, "per_sample": False})
 
 
 @pytest.mark.parametrize("name", registry.LOSSES)
@@ -61,6 +61,7 @@ def test_a_function_of_ones_own():
         ("acls(reference=('min','zero'))", "reference can't have several values in one arm"),
         ("mixup(alpha=(0.1,0.2))", "alpha can't have several values in one arm; name one arm for each"),
         ("mixup(lam=0.5)", "the hyper-parameter='lam' is unknown"),
+        ("regmixup(mixed_where=1)", "the hyper-parameter='mixed_where' is unknown"),
         ("acls(8)", "must be written as name or name"),
         ("acls(margin=8", "must be written as name or name"),
         ("acls(margin=1+x)", "must be written as name or name"),

@@ -80,6 +80,12 @@ def test_table_has_each_metric_with_interval_and_floor(sets):
     assert calibration_report.table({"x": plain}).columns == ("metric", "x")
 
 
+def test_of_a_large_set_not_every_row_is_kept():
+    logits = np.random.default_rng(0).normal(size=(70_000, 2)).astype(np.float32)
+    kept = calibration_report.assess(Rows.of(logits, np.arange(70_000) % 2), simulations=0).measured.ranked
+    assert len(kept.count) <= calibration_report.MOST_KEPT < 70_000 == kept.count.sum()
+
+
 def test_json_holds_everything_and_no_nan(sets):
     made = calibration_report.as_json(sets["as given"])
     json.dumps(made, allow_nan=False)

@@ -67,6 +67,20 @@ def test_the_fixed_split_has_not_changed(cifar):
     assert numbers(built.validation, 30).tolist() == np.sort(order[-30:]).tolist()
 
 
+def test_a_validation_split_of_the_evaluation_split(cifar):
+    """Training keeps all of its images; without training the tested ones are the same."""
+    options = {"path": str(cifar), "validation_size": 10, "validation_rule": "eval"}
+    built = build(common.cifar(), **options)
+    order = np.random.RandomState(0).permutation(40)
+    assert numbers(built.validation, 10).tolist() == np.sort(order[-10:]).tolist()
+    assert numbers(built.eval, 30).tolist() == np.sort(order[:30]).tolist()
+    assert built.train_examples.num_examples == 300
+    alone = datasets.build_data(block(common.cifar(), **options), 0, SPEC, train=False)
+    assert alone.eval.num_examples == 30 and alone.validation is None
+    with pytest.raises(ConfigError, match="validation_size=40 don't fit into the 40 examples of the split 'test'"):
+        build(common.cifar(), **{**options, "validation_size": 40})
+
+
 def test_a_long_tail_sampled_class_by_class(cifar):
     made = common.cifar_long_tail(imbalance=0.1)
     built = build(made, path=str(cifar), source="npz", index=True)

@@ -6,6 +6,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+
+from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 
 FOLDER = Path(__file__).parents[1] / "oracles"
 
@@ -44,3 +47,24 @@ def check(got, expected, rtol=1e-5, err_msg=""):
     got, expected = np.asarray(got), np.asarray(expected)
     atol = rtol * np.max(np.abs(expected), initial=0) + (1e-13 if got.dtype == np.float64 else 2e-8)
     np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol, err_msg=err_msg)
+
+
+class TinyNet(nn.Module):
+    """The network of the oracles' training steps."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = Conv(5, 3, padding=1, use_bias=False, name="conv")(x)
+        x = nn.relu(BatchNorm(name="bn")(x, train))
+        return Dense(6, name="fc")(global_avg_pool(x))
+
+
+def variables(data, prefix):
+    """Its variables from the arrays of an oracle whose names begin with ``prefix``."""
+    bn = {key: data[f"{prefix}bn_{key}"] for key in ("scale", "bias", "mean", "var")}
+    params = {
+        "conv": {"kernel": data[f"{prefix}conv_kernel_hwio"]},
+        "bn": {key: bn[key] for key in ("scale", "bias")},
+        "fc": {"kernel": data[f"{prefix}fc_kernel_io"], "bias": data[f"{prefix}fc_bias"]},
+    }
+    return {"params": params, "batch_stats": {"bn": {key: bn[key] for key in ("mean", "var")}}}

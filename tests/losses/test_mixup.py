@@ -41,6 +41,17 @@ def test_masked_rows():
     logits[2], mixed[4], partner[2] = np.nan, np.inf, 255
     masked = regmixup(logits, labels, mixed_logits=mixed, partner_labels=partner, lam=0.3, where=where)
     check(np.stack(masked), np.stack(kept))
+    alone = regmixup(
+        logits,
+        labels,
+        mixed_logits=mixed,
+        partner_labels=partner,
+        lam=0.3,
+        where=where,
+        mixed_where=where & ~where[::-1],
+    )
+    check(alone.ce, kept.ce)
+    assert alone.extra != kept.extra
 
 
 def test_wrong_settings():

@@ -123,6 +123,8 @@ def test_unknown_preset_is_named(get_config):
         ({"epochs": -1.0}, "config.epochs=-1.0"),
         ({"model__name": "resnet21"}, "'resnet21' is unknown"),
         ({"optimizer__schedule__warmup_epochs": 9.0}, "warmup_steps"),
+        ({"model__name": "plain_cnn_dense", "model__settings": {}}, "model.name='plain_cnn_dense' labels pixels, but"),
+        ({"data__source": "scenes", "data__mean": (), "data__std": ()}, "data.source='scenes' labels pixels, but"),
     ],
 )
 def test_mistakes_are_found_before_compiling(overrides, message, get_config):

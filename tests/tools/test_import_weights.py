@@ -1,5 +1,6 @@
 """The command, end to end on a ResNet-20 of random weights whose predictions NumPy works out."""
 
+import json
 import os
 import pickle
 import re
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxvision.tools import import_weights
+from jaxvision.tools import calibration, import_weights
+from tests.arrays import load
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -112,6 +114,21 @@ def test_check_images_and_file(tmp_path, capsys, weights):
     assert code == 0 and f"top-1: {right} of 150 right" in again
 
 
+def test_logits_for_the_calibration_tool(tmp_path, capsys, weights):
+    state = load_file(weights)
+    images = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", image=images, label=np.arange(6, dtype=np.uint8))
+    out = tmp_path / "logits.npz"
+    images_flag = ("--images", tmp_path / "images.npz")
+    code, printed, _ = call(capsys, "--from", weights, "--model", "resnet20", *images_flag, "--logits", out)
+    assert code == 0 and f"wrote {out}" in printed
+    expected = reference(state, ((images / 255 - MEAN) / STD).transpose(0, 3, 1, 2))
+    np.testing.assert_allclose(load(out)["logits"], expected, rtol=1e-3, atol=1e-3)
+    assert calibration.main([str(out), "--to", str(tmp_path / "report"), "--bins", "3", "--simulations", "0"]) == 0
+    numbers = json.loads((tmp_path / "report" / "calibration.json").read_text())
+    assert numbers["as given"]["metrics"]["accuracy"]["value"] == np.mean(expected.argmax(-1) == np.arange(6))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,6 +141,8 @@ def test_check_images_and_file(tmp_path, capsys, weights):
         (("--check",), "--model"),
         (("--model", "resnet20", "--check", "--num_classes", "ten"), "invalid int value"),
         (("--model", "resnet20", "--images", "absent.npz"), "absent.npz can't be read"),
+        (("--model", "resnet20", "--check", "--logits", "x.npz"), "--logits x.npz needs --images FILE.npz"),
+        (("--model", "resnet20", "--images", "x.npz", "--logits", "x.pt"), "--logits x.pt must end in .npz"),
         (("--model", "deeplabv3_resnet50", "--images", "x.npz"), "deeplabv3_resnet50 labels their pixels"),
     ],
 )

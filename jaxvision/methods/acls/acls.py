@@ -97,7 +97,7 @@ def acls_loss(
       ``extra`` is R.
 
     Raises:
-      ConfigError: one class, an unknown word or a negative number.
+      ConfigError: an unknown word or a negative number; and the errors of :mod:`jaxvision.losses.calibration`.
 
     Source: section 3 of the paper; ``losses/acls.py`` of the official code, which is followed.
     """
@@ -162,7 +162,10 @@ def acls_logit_gradient(
 ) -> jax.Array:
     """``dL/dz = (p - e_y + f) / N`` in closed form, f from :func:`smoothing_function`: float32 [..., K].
 
-    Arguments as for :func:`acls_loss`; N counts the valid rows, the others get 0.
+    Arguments and errors as for :func:`acls_loss`; N counts the valid rows, the others get 0. Nothing is differentiated
+    but the mean over rows; softmax and f are written out.
+
+    Source: derived from the loss of the official code (``losses/acls.py``), whose autograd it agrees with.
     """
     given: Rows = rows(logits, labels, where)
     gradient = jax.nn.softmax(given.logits, axis=-1) - one_hot(given) + smoothing_function(given.logits, **hyper)
@@ -183,6 +186,14 @@ def acls_metrics(
       logits: float [..., K].
       margin, reference: of the loss.
       where: bool [...].
+
+    Returns:
+      name -> :class:`~jaxvision.metrics.mean.Mean`.
+
+    Raises:
+      ConfigError: a negative margin, an unknown reference, fewer than two classes, a mask of another shape.
+
+    Source: ours; the conditions of both terms in ``losses/acls.py`` of the official code.
     """
     _check(margin, 0.0, 0.0, 0.0, reference, "squared", "both")
     given = _unlabelled(logits, where)

@@ -9,14 +9,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxvision.engine.calibration_arms import MONITOR
-from jaxvision.engine.calibration_outcome import Row, arrays
+from jaxvision.engine.calibration_outcome import Row
 from jaxvision.engine.report import Results
 from jaxvision.losses.calibration import implied_smoothing
 from jaxvision.methods.acls import report
+from jaxvision.metrics.calibration_rows import Rows
 
 SMOOTHING = ("label_smoothing", "focal", "mbls", "acls")
 """Losses whose rows don't look at each other, as the paper draws them."""
-_SAMPLE = 200_000
+MOST_NUMBERS = 1 << 22
+"""Logits of a network whose densities are drawn."""
 
 
 def smoothing(rows: Sequence[Row], num_classes: int, path: Path) -> None:
@@ -43,7 +45,9 @@ def logits(rows: Sequence[Row], path: Path) -> None:
     """Densities of the largest logit, and of how far the others lie below it."""
     canvas = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = canvas.subplots(1, 2)
-    sorted_logits = [np.sort(arrays(row.seeds[0].test)[0][:_SAMPLE], -1) for row in rows]
+    networks = [row.seeds[0] for row in rows]
+    samples = (sampled(each.test, int(each.before.measured.top.total)) for each in networks)
+    sorted_logits = [np.sort(sample, -1) for sample in samples]
     for axes, name, bins in ((left, "top", 24), (right, "gap", 32)):
         values = [z[:, -1] if name == "top" else (z[:, -1:] - z[:, :-1]).reshape(-1) for z in sorted_logits]
         edges = np.linspace(min(map(np.min, values)), max(map(np.max, values)), bins + 1)
@@ -56,6 +60,16 @@ def logits(rows: Sequence[Row], path: Path) -> None:
     right.set(xlabel="largest logit - each other logit")
     left.legend(fontsize=7)
     canvas.savefig(path, dpi=120)
+
+
+def sampled(rows: Rows, count: int) -> np.ndarray:
+    """Of ``count`` rows each so manieth, from all blocks: float [n, K], at most ``MOST_NUMBERS`` numbers."""
+    step = -(-count * rows.num_classes // MOST_NUMBERS)
+    found, first = [], 0
+    for logits, _ in rows.blocks():
+        found.append(logits[-first % step :: step].copy())  # a view would keep the block
+        first += len(logits)
+    return np.concatenate(found)
 
 
 def curve_name(quantity: str, row: Row) -> str:

@@ -4,16 +4,19 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxvision.engine.arms import spread
-from jaxvision.engine.calibration_outcome import Added, Row, Run, Trained
+from jaxvision.engine.calibration_outcome import Added, Row, Run
 from jaxvision.engine.report import Figure, Results, Table
 from jaxvision.methods.acls.acls import acls_metrics
-from jaxvision.metrics.mean import Mean
+from jaxvision.metrics.calibration_rows import Rows
 
 LOSS = "acls"
 MOST_LINES = 10
+PIECE = 1 << 20
+"""Logits that are looked at in one call."""
 COLUMNS = ("loss", "M", "top logit", "mean logit", "range", "tops beyond M %", "others beyond M %")
 
 
@@ -64,16 +67,30 @@ def margin_of(row: Row) -> float | None:
 def _logits(row: Row, margin: float) -> dict[str, np.ndarray]:
     """The means of :func:`acls_metrics` over each network's test rows."""
     reference = hyper_of(row).get("reference", "zero")
-    each = [_means(network, margin, reference) for network in row.seeds]
+    each = [logit_means(network.test, margin, reference) for network in row.seeds]
     return {name: np.asarray([values[name] for values in each]) for name in each[0]}
 
 
-def _means(network: Trained, margin: float, reference: str) -> dict[str, float]:
-    sums: dict[str, Mean] = {}
-    for logits, _ in network.test.blocks():
-        for name, value in acls_metrics(logits, margin=margin, reference=reference).items():
-            sums[name] = sums[name].merge(value) if name in sums else value
-    return {name: float(value.compute()) for name, value in sums.items()}
+piece_sums = jax.jit(acls_metrics, static_argnames="reference")
+
+
+def logit_means(rows: Rows, margin: float, reference: str) -> dict[str, float]:
+    """The means of :func:`acls_metrics` over rows that come block by block.
+
+    Pieces of one size, the last of a block filled up: one program, though blocks of pixels are of any size.
+    """
+    size = max(1, PIECE // rows.num_classes)
+    sums: dict[str, np.ndarray] = {}
+    for logits, _ in rows.blocks():
+        for start in range(0, len(logits), size):
+            piece = logits[start : start + size]
+            real = np.arange(size) < len(piece)
+            piece = np.pad(piece, ((0, size - len(piece)), (0, 0)))
+            found = jax.device_get(piece_sums(piece, margin=margin, reference=reference, where=real))
+            for name, mean in found.items():
+                # float64: a data set has more pixels than float32 can count.
+                sums[name] = sums.get(name, np.zeros(2)) + np.asarray([mean.total, mean.count], np.float64)
+    return {name: float(total / count) for name, (total, count) in sums.items()}
 
 
 def _line(row: Row, margin: float, numbers: Mapping[str, np.ndarray]) -> tuple[str, ...]:

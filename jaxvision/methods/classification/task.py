@@ -29,6 +29,7 @@ def make(config: Config) -> Task:
     spec = zoo.spec(config.model.name)
     data = recipes.build_data(config.data, config.seed, spec, train=epochs > 0)
     model = recipes.build_model(config.model, data)
+    _check_kind(config, data, model)
     steps_per_epoch = data.train.steps_per_epoch if data.train else 1
     steps = schedules.epochs_to_steps(epochs, steps_per_epoch)
     optimizer = recipes.build_optimizer(config.optimizer, steps, steps_per_epoch)
@@ -114,6 +115,20 @@ def _evaluation(model: recipes.Model, data: recipes.Data, every: int, *, average
         return supervised.classification_metrics(logits, batch, top5=data.num_classes > 20)
 
     return Eval(data.eval, update, every)
+
+
+def _check_kind(config: Config, data: recipes.Data, model: recipes.Model) -> None:
+    """One label an image, on both sides."""
+    if getattr(model.module, "dense", zoo.spec(model.name).dense):
+        raise ConfigError(
+            f"{config.model.where('name')}={model.name!r} labels pixels, but classification needs one label an image; "
+            "choose a network for images, or a preset for segmentation such as configs/acls.py:shapes_segmentation"
+        )
+    if "label" not in data.eval.source[0]:
+        raise ConfigError(
+            f"{config.data.where('source')}={config.data.source!r} labels pixels, but classification needs one label "
+            "an image; choose other data, or a preset for segmentation such as configs/acls.py:shapes_segmentation"
+        )
 
 
 def _check_batch(config: Config, accumulate: int) -> None:

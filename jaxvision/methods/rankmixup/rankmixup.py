@@ -54,7 +54,8 @@ def mrl_loss(
       weight: at least 0.
       space: "logit" as in the official code, or "prob": of softmax, as the paper writes it.
       official_broadcast: mean(keep) mean(hinge), the released behaviour, whose shapes (B,) and (B, 1) broadcast, so
-        that pairs of the same class aren't excluded.
+        that pairs of the same class aren't excluded. Under ``pmap`` both means are those of one device's rows, and
+        the mean over devices of their products isn't the whole batch's product.
       average_views: the mean over M views, which isn't part of the published method.
       where: bool [B].
 
@@ -62,7 +63,8 @@ def mrl_loss(
       ``extra`` is the ranking term.
 
     Raises:
-      ConfigError: several views without ``average_views``, shapes that don't fit, an unknown space.
+      ConfigError: several views without ``average_views``, shapes that don't fit, an unknown space, a negative number;
+        and the errors of :mod:`jaxvision.losses.calibration`.
 
     Source: equation 10 of the paper; ``losses/rankmixup`` of the official code.
     """
@@ -144,7 +146,7 @@ def mndcg_loss(
       ``extra`` is the ranking term.
 
     Raises:
-      ConfigError: shapes that don't fit.
+      ConfigError: shapes that don't fit, a negative weight; and the errors of :mod:`jaxvision.losses.calibration`.
 
     Source: equations 11 to 14 of the paper; ``losses/rankmixup`` of the official code (reciprocal, linear gains).
     """
@@ -204,6 +206,9 @@ def ranking_metrics(
 
     Args:
       raw, mixed, relevance, where: as for :func:`mndcg_loss`.
+
+    Raises:
+      ConfigError: shapes that don't fit.
     """
     given = rows(raw, jnp.zeros(jnp.shape(raw)[:-1], jnp.int32), where)
     mixed = _stacked(mixed, given)

@@ -41,15 +41,18 @@ def added(run: Run, results: Results, rows: Sequence[Row]) -> Added:
         "for all. Raw above mixed: mixtures that are less confident than their image. Pairs in order: of an image's "
         "mixtures, the one with the larger max(λ, 1 - λ) is the more confident."
     )
+    table = Table("Ranking of mixed test images", COLUMNS, lines, caption)
+    pairs = len(different_pairs(mixed)[0])
+    if not pairs:
+        note = f"None of {len(mixed.labels):,} pairs of test images is of two classes: no confidences over λ are drawn."
+        return Added((table,), (), summary, (*controls(rows), note))
     curves = {row.label: confidence_by_lambda(run, row, mixed) for row in rows}
     drawn = functools.partial(figures.confidence_by_lambda, LAMBDAS, curves)
-    figure = Figure(
-        "mixing",
-        drawn,
-        "Mean confidence on mixtures of two test images of different classes; deviation over the seeds.",
+    caption = (
+        f"Mean confidence on mixtures of two images of different classes, {pairs:,} pairs of {len(mixed.labels):,} "
+        "test images; deviation over the seeds."
     )
-    table = Table("Ranking of mixed test images", COLUMNS, lines, caption)
-    return Added((table,), (figure,), summary, controls(rows))
+    return Added((table,), (Figure("mixing", drawn, caption),), summary, controls(rows))
 
 
 def controls(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -81,18 +84,21 @@ class Mixtures:
 
 
 def mixtures(run: Run) -> Mixtures:
-    """The first test images and their views, drawn with a fixed key."""
+    """Test images, the same for every run, in the order of the set, and their views, drawn with a fixed key.
+
+    A sample: folders are read class by class, so that the first images would be of a few classes.
+    """
     data = run.data.eval
     most = max(2, min(MOST_IMAGES, MOST_NUMBERS // int(np.prod(run.data.image_shape))))
+    chosen = np.sort(np.random.RandomState(0).permutation(data.num_examples)[:most])
+    data = data.subset(chosen, data.batch_size)
     images, labels = [], []
     for index in range(data.num_batches):
         batch = data.batch_at(index)
         real = batch["mask"] > 0
         images.append(batch["image"][real])
         labels.append(batch["label"][real])
-        if sum(map(len, labels)) >= most:
-            break
-    images, labels = np.concatenate(images)[:most], np.concatenate(labels)[:most]
+    images, labels = np.concatenate(images), np.concatenate(labels)
     classes = run.trainers[0].outputs[-1]
     drawn = mixed_views(jax.random.key(0), images, labels, num_classes=classes, num_views=VIEWS, alpha=ALPHA)
     return Mixtures(images, labels, drawn)
@@ -122,11 +128,16 @@ def _line(row: Row, numbers: dict[str, np.ndarray]) -> tuple[str, ...]:
     return (row.label, *cells, spread(100 * numbers["confidence_gap"]))
 
 
-def confidence_by_lambda(run: Run, row: Row, mixed: Mixtures) -> np.ndarray:
-    """Mean confidence on ``lam x + (1 - lam) x_partner``, partner of another class: [S, 11], over ``LAMBDAS``."""
+def different_pairs(mixed: Mixtures) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of images and of their partners, those of one class left out: int [n] each."""
     partner = np.random.default_rng(0).permutation(len(mixed.labels))
-    other = np.flatnonzero(mixed.labels != mixed.labels[partner])
-    own, partner = mixed.images[other], mixed.images[partner[other]]
+    own = np.flatnonzero(mixed.labels != mixed.labels[partner])
+    return own, partner[own]
+
+
+def confidence_by_lambda(run: Run, row: Row, mixed: Mixtures) -> np.ndarray:
+    """Mean confidence on ``lam x + (1 - lam) x_partner`` over :func:`different_pairs`: [S, 11], over ``LAMBDAS``."""
+    own, partner = (mixed.images[each] for each in different_pairs(mixed))
     curves = []
     for network in row.seeds:
         variables = jax.device_put(network.variables)

@@ -27,7 +27,7 @@ class TwoPasses:
 
 
 def mrl_passes(settings: Mapping[str, Any], num_classes: int) -> Passes:
-    """For MRL: ``settings`` has ``alpha`` and ``num_views``."""
+    """For MRL: ``settings`` are those of :func:`views.mixed_views`: ``alpha``, ``num_views``, ``per_sample``."""
 
     def loss(call: LossCall, outputs: tuple[jax.Array, jax.Array], batch: Batch) -> Any:
         keep = batch["keep"]
@@ -37,7 +37,7 @@ def mrl_passes(settings: Mapping[str, Any], num_classes: int) -> Passes:
 
 
 def mndcg_passes(settings: Mapping[str, Any], num_classes: int) -> Passes:
-    """For M-NDCG: ``settings`` has ``alpha`` and ``num_views``."""
+    """For M-NDCG: ``settings`` are those of :func:`views.mixed_views`: ``alpha``, ``num_views``, ``per_sample``."""
 
     def loss(call: LossCall, outputs: tuple[jax.Array, jax.Array], batch: Batch) -> Any:
         return call(*outputs, batch["label"], batch["relevance"], where=batch.get("where"))

@@ -78,10 +78,13 @@ def mixed_views(
       per_sample: one lam for each image instead of one for the batch, which is another method than the published one.
 
     Raises:
-      ConfigError: fewer than one view.
+      ConfigError: a number of views that isn't a whole number of at least 1, a ``per_sample`` that isn't a bool, or an
+        alpha that isn't finite.
     """
-    if num_views < 1:
-        raise ConfigError(f"num_views={num_views} must be at least 1")
+    if isinstance(num_views, bool) or not isinstance(num_views, int) or num_views < 1:
+        raise ConfigError(f"num_views={num_views!r} must be a whole number of at least 1")
+    if not isinstance(per_sample, bool):
+        raise ConfigError(f"per_sample={per_sample!r} must be True or False")
     keys = jax.vmap(lambda view: jax.random.fold_in(key, view))(jnp.arange(num_views))
     lam, perm = jax.vmap(lambda each: mixing.draw_pairs(each, len(x), alpha))(keys)
     if per_sample:

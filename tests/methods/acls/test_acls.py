@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import supervised
 from jaxvision.losses.calibration import cross_entropy, implied_smoothing
 from jaxvision.methods.acls.acls import acls_logit_gradient, acls_loss, acls_metrics, smoothing_function
-from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 from jaxvision.optim import optimizers
 from tests.arrays import load
-from tests.losses.oracle import FOLDER, check, compiled
+from tests.losses.oracle import FOLDER, TinyNet, check, compiled, variables
 
 KEYS = ("margin", "lambda_top", "lambda_rest", "alpha")
 CASES = {f"acls_loss_{k}": load(FOLDER / "acls" / f"acls_loss_{k}.npz") for k in range(7)}
@@ -178,27 +176,6 @@ def test_metrics():
 def test_wrong_settings(hyper, classes, message):
     with pytest.raises(ConfigError, match=message):
         acls_loss(np.zeros((2, classes), np.float32), np.zeros(2, np.int32), **hyper)
-
-
-class TinyNet(nn.Module):
-    """The oracle's network."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = Conv(5, 3, padding=1, use_bias=False, name="conv")(x)
-        x = nn.relu(BatchNorm(name="bn")(x, train))
-        return Dense(6, name="fc")(global_avg_pool(x))
-
-
-def variables(data, prefix):
-    bn = {key: data[f"{prefix}bn_{key}"] for key in ("scale", "bias", "mean", "var")}
-    fc = {"kernel": data[f"{prefix}fc_kernel_io"], "bias": data[f"{prefix}fc_bias"]}
-    params = {
-        "conv": {"kernel": data[f"{prefix}conv_kernel_hwio"]},
-        "bn": {key: bn[key] for key in ("scale", "bias")},
-        "fc": fc,
-    }
-    return {"params": params, "batch_stats": {"bn": {key: bn[key] for key in ("mean", "var")}}}
 
 
 @pytest.mark.parametrize("k", range(2))

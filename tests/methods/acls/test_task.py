@@ -6,8 +6,9 @@ import pytest
 
 from jaxvision.engine.calibration_arms import MONITOR
 from jaxvision.engine.calibration_names import parse
-from jaxvision.methods.acls import task
+from jaxvision.methods.acls import figures, report, task
 from jaxvision.methods.acls.acls import acls_metrics
+from jaxvision.metrics.calibration_rows import Rows
 from tests.arrays import load
 from tests.engine.test_calibration_comparison import task as build
 from tests.engine.test_calibration_comparison import untrained
@@ -50,3 +51,29 @@ def test_the_table_of_logits(tmp_path):
 def test_without_a_margin_there_is_nothing_to_add(tmp_path):
     built = build(arms=("ce",), seeds=(0,))
     assert len(built.report(untrained(built, tmp_path)).tables) == 1
+
+
+def blocks_of_any_size(sizes, classes=4):
+    """Rows as a dense network's come: as many a block as have a label."""
+    random = np.random.default_rng(0)
+    made = [(random.normal(size=(n, classes)).astype(np.float32), random.integers(0, classes, n)) for n in sizes]
+    return Rows(lambda: iter(made), classes), np.concatenate([logits for logits, _ in made])
+
+
+def test_means_of_logits_are_one_program_whatever_the_blocks(monkeypatch):
+    monkeypatch.setattr(report, "PIECE", 4 * 16)
+    rows, logits = blocks_of_any_size((5, 16, 0, 40, 7))
+    found = report.logit_means(rows, 0.7, "min")
+    compiled = report.piece_sums._cache_size()
+    expected = acls_metrics(logits, margin=1.1, reference="min")
+    assert report.logit_means(rows, 1.1, "min") == pytest.approx(
+        {name: float(each.compute()) for name, each in expected.items()}, rel=1e-5
+    )
+    assert found["top_active"] > 0 and report.piece_sums._cache_size() == compiled
+
+
+def test_the_drawn_logits_are_a_sample_of_all_blocks(monkeypatch):
+    rows, logits = blocks_of_any_size((5, 16, 40, 7))
+    np.testing.assert_array_equal(figures.sampled(rows, len(logits)), logits)
+    monkeypatch.setattr(figures, "MOST_NUMBERS", 4 * 20)
+    np.testing.assert_array_equal(figures.sampled(rows, len(logits)), logits[::4])

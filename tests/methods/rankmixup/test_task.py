@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxvision.engine import arms
+from jaxvision.data.sources import ArraySource
+from jaxvision.engine import arms, datasets
 from jaxvision.engine.calibration_arms import Trainer
 from jaxvision.engine.calibration_names import parse
 from jaxvision.methods.rankmixup import report, task, training
@@ -18,8 +19,7 @@ from jaxvision.optim import optimizers
 from tests.arrays import load
 from tests.engine.test_calibration_comparison import task as build
 from tests.engine.test_calibration_comparison import untrained
-from tests.losses.oracle import FOLDER, check
-from tests.methods.rankmixup.test_views import TinyNet, variables
+from tests.losses.oracle import FOLDER, TinyNet, check, variables
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -32,8 +32,9 @@ def test_an_arms_steps_are_the_official_ones(k, monkeypatch):
     if int(data["is_mndcg"]):
         name = f"mndcg(weight={weight},num_views={views})"
 
-    def drawn(key, images, labels, *, num_classes, num_views, alpha):
+    def drawn(key, images, labels, *, num_classes, num_views, alpha, per_sample):
         del key, alpha
+        assert not per_sample
         assert (num_classes, num_views) == (6, views)
         lam, perm = (jnp.asarray(data[part])[step[0]] for part in ("lam", "perm"))
         mixed, targets = mix_with(images, soft_targets(labels, 6), lam.astype(jnp.float32), perm)
@@ -106,3 +107,25 @@ def test_curves_end_at_the_images_themselves(tmp_path, monkeypatch):
     for index, images in ((-1, mixed.images[other]), (0, mixed.images[partner][other])):
         p = jax.nn.softmax(run.predict(network.variables, images), -1)
         assert curve[index] == pytest.approx(float(jnp.mean(jnp.max(p, -1))), rel=1e-5)
+
+
+def test_images_sorted_by_class_are_sampled_and_one_class_has_no_curve(tmp_path, monkeypatch):
+    """Folders are read class by class: the first images would be of one class or two."""
+    random = np.random.default_rng(0)
+    image = random.normal(size=(60, 8, 8, 1)).astype(np.float32)
+    labels = {"train": np.arange(60) % 10, "test": np.arange(60) // 6}
+    monkeypatch.setattr(datasets, "open_source", lambda name, path, split: ArraySource(image, labels[split]))
+    monkeypatch.setattr(report, "MOST_IMAGES", 12)
+    small = {"data__train_size": 40, "data__validation_size": 20, "data__batch_size": 8, "data__eval_batch_size": 20}
+    built = build("rankmixup", arms=("ce",), seeds=(0,), data__options={}, simulations=0, **small)
+    mixed = report.mixtures(built.report.args[0])
+    assert len(mixed.labels) == 12 and len(set(mixed.labels.tolist())) > 4
+    assert (np.diff(mixed.labels) >= 0).all()  # in the order in which they are read
+    pairs = f"{len(report.different_pairs(mixed)[0])} pairs of 12 test images"
+    made = built.report(untrained(built, tmp_path))
+    assert pairs in next(figure for figure in made.figures if figure.name == "mixing").caption
+
+    object.__setattr__(built.report.args[0].data.eval, "source", ArraySource(image, np.zeros(60, int), num_classes=10))
+    made = built.report(untrained(built, tmp_path))
+    assert "mixing" not in {figure.name for figure in made.figures}
+    assert any("is of two classes" in note for note in made.notes) and len(made.tables) == 2

@@ -5,17 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.rankmixup.rankmixup import mndcg_loss, mrl_loss
 from jaxvision.methods.rankmixup.views import Views, forward_twice, mix_with, mixed_views
-from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
 from jaxvision.models.mixing import soft_targets
 from jaxvision.optim import optimizers
 from tests.arrays import load
-from tests.losses.oracle import FOLDER, check
+from tests.losses.oracle import FOLDER, TinyNet, check, variables
 
 B, K = 8, 5
 
@@ -80,8 +78,11 @@ def test_without_mixing(alpha):
 
 def test_wrong_settings():
     x, labels = example()
-    with pytest.raises(ConfigError, match="num_views=0 must be at least 1"):
-        mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=0, alpha=1.0)
+    for views in (0, 2.5, True):
+        with pytest.raises(ConfigError, match=f"num_views={views} must be a whole number of at least 1"):
+            mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=views, alpha=1.0)
+    with pytest.raises(ConfigError, match="per_sample=2 must be True or False"):
+        mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=1, alpha=1.0, per_sample=2)
     with pytest.raises(ConfigError, match="alpha=nan must be a finite number"):
         mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=1, alpha=float("nan"))
 
@@ -108,26 +109,6 @@ def test_four_devices_mix_as_one(per_sample):
     np.testing.assert_allclose(join(parts.targets), whole.targets, atol=1e-6)
     np.testing.assert_array_equal(np.concatenate(list(parts.keep), 1), whole.keep)
     np.testing.assert_array_equal(np.concatenate(list(parts.lam), 1) if per_sample else parts.lam[0], whole.lam)
-
-
-class TinyNet(nn.Module):
-    """The oracle's network."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = Conv(5, 3, padding=1, use_bias=False, name="conv")(x)
-        x = nn.relu(BatchNorm(name="bn")(x, train))
-        return Dense(6, name="fc")(global_avg_pool(x))
-
-
-def variables(data, prefix):
-    bn = {key: data[f"{prefix}bn_{key}"] for key in ("scale", "bias", "mean", "var")}
-    params = {
-        "conv": {"kernel": data[f"{prefix}conv_kernel_hwio"]},
-        "bn": {key: bn[key] for key in ("scale", "bias")},
-        "fc": {"kernel": data[f"{prefix}fc_kernel_io"], "bias": data[f"{prefix}fc_bias"]},
-    }
-    return {"params": params, "batch_stats": {"bn": {key: bn[key] for key in ("mean", "var")}}}
 
 
 @pytest.mark.parametrize("k", range(3))
