@@ -22,6 +22,7 @@ from jaxvision.benchmarks import timing, torch_vit
 from jaxvision.methods.igq_vit import groups, integer, quantizers, simulate
 from jaxvision.methods.igq_vit.sites import ApplyFn, Site, collect_ranges, list_sites
 from jaxvision.models import zoo
+from jaxvision.models.vit import ViT
 from jaxvision.quant import activation, weights
 from jaxvision.quant.weights import WeightPolicy
 
@@ -106,7 +107,7 @@ def main() -> None:
         "per tensor": quantized(plain),
         "igq, 8 groups": quantized(igq),
     }
-    if hasattr(module, "patch_size") and hasattr(module, "width") and not module.distilled:
+    if isinstance(module, ViT) and not module.distilled:
         tokens = 1 + (size[0] // module.patch_size) ** 2
         sizes = {"width": module.width, "depth": module.depth, "num_heads": module.num_heads}
         sizes |= {"patch_size": module.patch_size, "tokens": tokens, "num_classes": 1000}

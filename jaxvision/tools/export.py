@@ -24,6 +24,7 @@ from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import recipes
 from jaxvision.engine.quantization import build_network
+from jaxvision.methods.igq_vit import export as igq_vit_file
 from jaxvision.methods.trs import training
 from jaxvision.models import integer_file, integer_network, stablehlo, weight_file, zoo
 from jaxvision.models.quantized import QuantizedNetwork
@@ -91,6 +92,11 @@ def load(
     if not weights.is_file():
         raise DataError(f"{weights} does not exist; a finished run of trs writes it where config.export names an arm")
     config, facts = Config(json.loads(described.read_text())), dict(weight_file.read_metadata(weights))
+    if facts.get("format") == igq_vit_file.FORMAT:
+        raise DataError(
+            f"{weights} is of igq_vit and holds integers already, as its JSON file says; read it with "
+            "jaxvision.methods.igq_vit.export.load"
+        )
     facts["num_classes"] = int(facts["num_classes"])
     if image is None:
         image = recipes.build_data(config.data, config.seed, zoo.spec(facts["model"])).image_shape

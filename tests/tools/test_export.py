@@ -8,6 +8,7 @@ import pytest
 
 from jaxvision.core.config import Config
 from jaxvision.engine.quantization import build_network
+from jaxvision.methods.igq_vit import export as igq_vit_file
 from jaxvision.models import integer_file, stablehlo, weight_file, zoo
 from jaxvision.tools import export
 
@@ -82,4 +83,7 @@ def test_mistakes_end_in_one_sentence(run, tmp_path, capsys):
     assert "a finished run of trs writes it where config.export names an arm" in complaint(tmp_path)
     assert "storage='int3' is unknown" in complaint(directory, "--storage", "int3", "--image", "8", "8", "3")
     assert "--image=(8, 0, 3) must be three whole numbers" in complaint(directory, "--image", "8", "0", "3")
+    igq = igq_vit_file.QuantizedModel({"params": {}}, {}, {}, {"model": "deit_tiny_patch16_224", "num_classes": 5})
+    igq_vit_file.save(tmp_path / "quantized", igq)
+    assert "is of igq_vit and holds integers already" in complaint(tmp_path)
     assert not (tmp_path / "out").exists()

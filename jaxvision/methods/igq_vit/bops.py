@@ -57,7 +57,13 @@ def attention_bops(
 
 
 def _site_bops(
-    site: Site, by_name: Mapping[str, Site], groups: int | None, weight_bits: int, act_bits: int, fp_bits: int
+    site: Site,
+    by_name: Mapping[str, Site],
+    groups: int | None,
+    weight_bits: int,
+    act_bits: int,
+    fp_bits: int,
+    image_bits: int,
 ) -> Bops:
     if site.kind == "rows":
         values = by_name.get(site.name.removesuffix("softmax") + "v")
@@ -70,8 +76,8 @@ def _site_bops(
     if site.weight is None:
         return dict.fromkeys(PARTS, 0)
     if site.kind == "image":
-        # Patches don't overlap, so tokens * fan_in is the number of pixels times channels. Always 8-bit images.
-        return fc_bops(1, int(np.prod(site.shape)), site.fan_out, weight_bits, 8, None, fp_bits)
+        # Patches don't overlap, so tokens * fan_in is the number of pixels times channels.
+        return fc_bops(1, int(np.prod(site.shape)), site.fan_out, weight_bits, image_bits, None, fp_bits)
     return fc_bops(site.tokens, site.shape[-1], site.fan_out, weight_bits, act_bits, groups, fp_bits)
 
 
@@ -81,18 +87,20 @@ def network_bops(
     weight_bits: int,
     act_bits: int,
     fp_bits: int = 32,
+    *,
+    image_bits: int = 8,
 ) -> dict[str, Bops]:
     """BOPs of one image by site and part; the products q k^T and A v both count at the softmax site.
 
     Args:
       sites: of :func:`sites.list_sites`, all of them.
       groups: of the grouped sites: one number, one by site, or None for fixed per-tensor quantizers.
-      weight_bits, act_bits, fp_bits: widths; the image has 8 bits.
+      weight_bits, act_bits, fp_bits, image_bits: widths.
     """
     by_name = {site.name: site for site in sites}
     count = {n: groups[n] if isinstance(groups, Mapping) else groups for n, site in by_name.items() if site.grouped}
     return {
-        name: _site_bops(site, by_name, count.get(name), weight_bits, act_bits, fp_bits)
+        name: _site_bops(site, by_name, count.get(name), weight_bits, act_bits, fp_bits, image_bits)
         for name, site in by_name.items()
     }
 

@@ -7,6 +7,7 @@ returns variables with rounded kernels and one quantizer for each site. What the
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,18 @@ class Bits:
 
 @struct.dataclass
 class QuantizedNetwork:
-    """Variables with rounded kernels, and the quantizer of each site by name. A pytree: goes through ``jit``."""
+    """Variables with rounded kernels, and the quantizer of each site by name. A pytree: goes through ``jit``.
+
+    Attributes:
+      variables, quantizers: as said.
+      layers: of ``integer.integer_layers``, for a network that is executed with integer products; None: simulated.
+      one_product: whether these run as one product for all groups (power-of-two scales); static.
+    """
 
     variables: Any
     quantizers: Quantizers
+    layers: Any = None
+    one_product: bool = struct.field(pytree_node=False, default=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +154,19 @@ def common_quantizers(context: Calibration, bits: Bits, kinds: Sequence[str] = (
 
 def common_variables(context: Calibration, bits: Bits) -> Any:
     """The network's variables, every kernel rounded under the context's weight policy at ``bits.weight``."""
+    policy, (params, _) = _common_kernels(context, bits)
+    return context.once(("variables", policy), lambda: {**context.variables, "params": params})
+
+
+def common_codes(context: Calibration, bits: Bits) -> dict[str, weights.QuantizedTensor]:
+    """The integer form, by name, of the kernels of :func:`common_variables`."""
+    return _common_kernels(context, bits)[1][1]
+
+
+def _common_kernels(context: Calibration, bits: Bits) -> tuple[WeightPolicy, tuple[Any, dict[str, Any]]]:
     policy = replace(context.weight_policy, bits=bits.weight)
-    return context.once(("variables", policy), lambda: with_rounded(context.variables, policy))
+    make = partial(weights.quantize_params, context.variables["params"], policy)
+    return policy, context.once(("kernels", policy), make)
 
 
 def with_rounded(variables: Any, policy: WeightPolicy) -> Any:

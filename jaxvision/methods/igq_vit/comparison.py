@@ -16,33 +16,32 @@ import numpy as np
 from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine.task import Batch, EvalData
-from jaxvision.methods.igq_vit import allocation, baselines, bops, quantizers, simulate
+from jaxvision.methods.igq_vit import allocation, baselines, bops, integer, quantizers, simulate
 from jaxvision.methods.igq_vit.calibration import (
     Bits,
     Calibration,
     QuantizedNetwork,
+    common_codes,
     common_quantizers,
     common_variables,
 )
-from jaxvision.methods.igq_vit.sites import ApplyFn, collect_ranges
+from jaxvision.methods.igq_vit.sites import RANGES, ApplyFn, collect_ranges
 from jaxvision.metrics import Mean, classification
-from jaxvision.quant import weights
+from jaxvision.quant import activation, weights
 
-IGQ = re.compile(r"igq(_alloc)?(\d+)(_scale)?")
+IGQ = re.compile(r"igq(_alloc)?(\d+)(_scale)?(_pow2)?(_int)?")
+"""igq8 and its variants: allocated group counts, scaled bounds, power-of-two scales, integer products."""
 ROW_GROUPS = 8
 """Groups of softmax rows in the methods that group only the inputs of FC layers."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the index of its seed, the bit setting such as "W4A3", the method."""
+    """One row: the place of its seed among the seeds, the bit setting such as "W4A3", the method."""
 
     member: int
     bits: str
     method: str
-
-    def __str__(self) -> str:
-        return f"{self.method} {self.bits} seed {self.member}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,14 @@ class Settings:
     clip_zero_point: bool = False
     candidates: tuple[int, ...] = allocation.CANDIDATES
     context: str = "float"
+    sequential: bool = False
     fp_bits: int = 32
+
+    def __post_init__(self) -> None:
+        counts = self.candidates
+        whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 1 for count in counts)
+        if not counts or not whole or len(set(counts)) != len(counts):
+            raise ConfigError(f"config.igq.candidates={counts} must be whole numbers of at least 1, each once")
 
 
 def rows(members: int, bits: Sequence[str], methods: Sequence[str]) -> tuple[Row, ...]:
@@ -66,25 +72,57 @@ def rows(members: int, bits: Sequence[str], methods: Sequence[str]) -> tuple[Row
 
 
 def parse_bits(text: str, image_bits: int) -> Bits:
-    """ "W4A3" -> 4-bit weights, 3-bit activations; raises ConfigError for any other form."""
-    if not (found := re.fullmatch(r"W(\d+)A(\d+)", text)):
-        raise ConfigError(f"config.bits has '{text}', which must read like W4A4")
-    return Bits(int(found[1]), int(found[2]), image_bits)
+    """ "W4A3" -> 4-bit weights, 3-bit activations; raises ConfigError for any other form or width."""
+    if not isinstance(text, str) or not (found := re.fullmatch(r"W(\d+)A(\d+)", text)):
+        raise ConfigError(f"config.bits has {text!r}, which must read like 'W4A4'")
+    try:
+        weights.WeightPolicy(bits=int(found[1]))
+        return Bits(int(found[1]), int(found[2]), image_bits)
+    except ConfigError as error:
+        raise ConfigError(f"config.bits has '{text}': {error}") from error
 
 
 def check_method(name: str, settings: Settings) -> None:
-    """Raises ConfigError for a name that is neither a baseline nor igq<G>, igq<G>_scale or igq_alloc<G>."""
-    if name in baselines.METHODS:
-        return
-    if not (found := IGQ.fullmatch(name)):
+    """Raises ConfigError for a name that is neither a baseline nor of :data:`IGQ`, or that ``settings`` can't build."""
+    found = IGQ.fullmatch(name) if isinstance(name, str) else None
+    if name not in baselines.METHODS and not found:
         raise unknown("config.methods", name, [*baselines.METHODS, "igq8", "igq12", "igq_alloc8", "igq8_scale"])
-    groups = int(found[2])
+    limit = f"config.igq.max_groups={settings.max_groups}; raise it"
+    if not found:
+        if name in FC_PARTS and settings.max_groups < ROW_GROUPS:
+            raise ConfigError(
+                f"config.methods has '{name}', whose attention rows have {ROW_GROUPS} groups, but {limit}"
+            )
+        return
+    groups, allocated, snapped = int(found[2]), found[1], found[4]
     if not 1 <= groups <= settings.max_groups:
-        raise ConfigError(f"config.methods has '{name}', but config.igq.max_groups={settings.max_groups}; raise it")
-    if found[1] and groups not in settings.candidates:
+        raise ConfigError(f"config.methods has '{name}', but {limit}")
+    if not allocated:
+        return
+    if groups not in settings.candidates:
         raise ConfigError(
             f"config.methods has '{name}', but config.igq.candidates={settings.candidates} lacks {groups}"
         )
+    if max(settings.candidates) > settings.max_groups:
+        raise ConfigError(f"config.igq.candidates={settings.candidates} go beyond {limit}")
+    if snapped:
+        raise ConfigError(
+            f"config.methods has '{name}', but the budget of the allocation pays for rescaled partial sums, which "
+            f"power-of-two scales don't need; use igq{groups}_pow2"
+        )
+
+
+def check_widths(method: str, text: str, bits: Bits) -> None:
+    """Raises ConfigError where a method (of :func:`check_method`) doesn't exist for the bit setting ``text``."""
+    width, found, why = bits.activation, IGQ.fullmatch(method), ""
+    if method == "ptq4vit" and width < 2:
+        why = "its twin quantizers need 2 bits or more"
+    elif found and found[4] and width > integer.MAX_SHIFTED_BITS:
+        why = f"its shifted codes fit int8 up to {integer.MAX_SHIFTED_BITS} bits"
+    elif found and found[5] and width > 8:
+        why = "its codes are int8"
+    if why:
+        raise ConfigError(f"config.methods has '{method}' and config.bits '{text}', but {why}; leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -115,14 +153,19 @@ class Bench:
             network = baselines.METHODS[method](self.context, bits, softmax_quantizers=softmax)
             groups = None
         else:
-            allocated, count, scaled = IGQ.fullmatch(method).groups()
+            allocated, count, scaled, snapped, products = IGQ.fullmatch(method).groups()
             groups = self._allocate(int(count), bits) if allocated else dict.fromkeys(self._grouped, int(count))
-            made = self.igq(groups, bits)
+            made = self._sequential(groups, bits) if self.settings.sequential else self.igq(groups, bits)
             if scaled:
                 made, _ = quantizers.refine_layer_scale(
                     self.context.apply_fn, self.context.variables, made, self.context.images
                 )
+            if snapped:
+                made = {name: integer.snapped(quantizer, bits.activation) for name, quantizer in made.items()}
             network = QuantizedNetwork(common_variables(self.context, bits), made)
+            if products:
+                layers = integer.integer_layers(self.context.sites, network.variables, common_codes(self.context, bits))
+                network = network.replace(layers=layers, one_product=bool(snapped))
         return Built(jax.block_until_ready(network), groups, self._cost(method, groups, bits))
 
     @property
@@ -157,23 +200,49 @@ class Bench:
 
     def igq(self, groups: Mapping[str, int], bits: Bits) -> dict[str, Any]:
         """IGQ's quantizer of every site with these group counts."""
-        s = self.settings
         grouped = [site for site in self.context.sites if site.grouped]
-        options = {"max_groups": s.max_groups, "instance": s.instance, "clip_zero_point": s.clip_zero_point}
-        made = quantizers.igq_quantizers(grouped, self.bounds(groups)[0], {}, bits.activation, **options)
+        made = quantizers.igq_quantizers(grouped, self.bounds(groups)[0], {}, bits.activation, **self._options)
         return common_quantizers(self.context, bits) | made
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        s = self.settings
+        return {"max_groups": s.max_groups, "instance": s.instance, "clip_zero_point": s.clip_zero_point}
+
+    def _sequential(self, groups: Mapping[str, int], bits: Bits) -> dict[str, Any]:
+        """As :meth:`igq`, each site calibrated on the network whose kernels and earlier sites are quantized."""
+        c, s = self.context, self.settings
+        sites = {site.name: site for site in c.sites}
+
+        def make(name: str, x: jax.Array) -> Any | None:
+            site = sites.get(name)
+            if site is None:
+                return None
+            if not site.grouped:
+                width = bits.of(site)
+                return activation.AffineQuantizer.from_interval(*weights.tensor_interval(x, width), width)
+            ranges = {name: np.asarray(RANGES[s.instance](site.kind, x, len(c.images)))}
+            options = {"iters": s.iters, "m_step": s.m_step, "per_head": s.per_head}
+            bounds, _ = quantizers.calibrate_groups(ranges, (site,), groups[name], **options)
+            return quantizers.igq_quantizers((site,), bounds, {}, bits.activation, **self._options)[name]
+
+        return quantizers.calibrate_sequentially(c.apply_fn, common_variables(c, bits), c.images, make)
+
     def _cost(self, method: str, groups: dict[str, int] | None, bits: Bits) -> dict[str, int]:
-        """BOPs of an image; of a baseline's grouped FC inputs the parts that its kind of grouping needs."""
-        sites, widths = self.context.sites, (bits.weight, bits.activation, self.settings.fp_bits)
-        if method not in FC_PARTS:
-            return bops.summary(bops.network_bops(sites, groups, *widths))
-        parts, count = FC_PARTS[method]
-        counts = {site.name: ROW_GROUPS if site.kind == "rows" else count for site in sites if site.grouped}
-        cost = bops.network_bops(sites, counts, *widths)
-        for site in self.context.of_kind("channels"):
+        """BOPs of an image; of grouped FC inputs the parts that the method's kind of grouping needs."""
+        sites, parts = self.context.sites, None
+        if method in FC_PARTS:
+            parts, count = FC_PARTS[method]
+            groups = {site.name: ROW_GROUPS if site.kind == "rows" else count for site in sites if site.grouped}
+        elif groups is not None and IGQ.fullmatch(method)[4]:
+            parts = ONE_PRODUCT_PARTS
+        cost = bops.network_bops(
+            sites, groups, bits.weight, bits.activation, self.settings.fp_bits, image_bits=bits.image
+        )
+        for site in self.context.of_kind("channels") if parts is not None else ():
             cost[site.name] = {part: value if part in parts else 0 for part, value in cost[site.name].items()}
-        return bops.summary(cost)
+        total = bops.summary(cost)
+        return {"bops/base": total["bops/base"]} if method in BOUNDS else total
 
     def _softmax(self, bits: Bits) -> dict[str, Any]:
         made = self.igq(dict.fromkeys(self._grouped, ROW_GROUPS), bits)
@@ -216,20 +285,48 @@ FC_PARTS: dict[str, tuple[tuple[str, ...], int]] = {
 }
 """Methods that take IGQ's quantizer of softmax rows, so that they differ in the inputs of FC layers alone, each with
 the parts of :data:`bops.PARTS` that its grouping of those inputs costs, and its number of groups."""
+ONE_PRODUCT_PARTS = ("base", "range", "distance")
+"""What grouped FC inputs cost with power-of-two scales: zero points are taken off the codes, which are then shifted,
+before the one product (neither is counted)."""
+BOUNDS = ("upper", "upper_static")
+"""No kernel could run these (each channel has a scale of its own inside the sum), so only their base BOPs are known."""
 
 
 def choose_epsilon(context: Calibration, bits: Bits) -> Calibration:
     """The context with the weight percentile of least KL divergence on the calibration images (section 2.5)."""
-    images, apply_fn = jnp.asarray(context.images), context.apply_fn
-    predict = jax.jit(lambda params: apply_fn({**context.variables, "params": params}, images))
-    reference = predict(context.variables["params"])
+    variables, images = context.variables, jnp.asarray(context.images)
+
+    def predict(params: Any) -> jax.Array:
+        return simulate.float_forward(context.apply_fn, {**variables, "params": params}, images)
+
+    reference = predict(variables["params"])
 
     def error(params: Any) -> float:
         return float(jnp.mean(allocation.kl_divergence(reference, predict(params))))
 
     policy = replace(context.weight_policy, bits=bits.weight)
-    chosen, _ = weights.choose_epsilon(context.variables["params"], policy, error)
+    chosen, _ = weights.choose_epsilon(variables["params"], policy, error)
     return replace(context, weight_policy=replace(context.weight_policy, epsilon=chosen))
+
+
+@struct.dataclass
+class Exact:
+    """A whole number as a metric, int64 () on the host: BOPs have more digits than float32 holds."""
+
+    value: np.int64
+
+    @classmethod
+    def of(cls, value: int) -> "Exact":
+        """The metric of one number."""
+        return cls(np.int64(value))
+
+    def merge(self, other: "Exact") -> "Exact":
+        """The sum."""
+        return Exact(self.value + other.value)
+
+    def compute(self) -> np.int64:
+        """The number."""
+        return self.value
 
 
 @struct.dataclass
@@ -261,6 +358,7 @@ class WithReference:
         self._logits: dict[tuple[int, int, int], np.ndarray] = {}
 
     def batch_at(self, index: int, shard_index: int = 0, shard_count: int = 1) -> Batch:
+        """The batch of ``data`` (see there), and ``reference``."""
         batch = self._data.batch_at(index, shard_index, shard_count)
         key = (index, shard_index, shard_count)
         if key not in self._logits:
@@ -271,16 +369,24 @@ class WithReference:
 def judge(apply_fn: ApplyFn) -> Callable[[QuantizedNetwork, Batch], dict[str, Any]]:
     """The evaluation ``(network, batch) -> metrics``: the quantized network against the float one.
 
-    Metrics over the rows with mask 1: ``accuracy`` against the labels; ``kl``, KL(softmax reference || softmax
-    quantized) in nats; ``agreement`` of the two argmaxes. ``reference``: see :class:`WithReference`.
+    Metrics over the rows with mask 1: ``accuracy`` and ``float_accuracy`` of the two against the labels; ``kl``,
+    KL(softmax reference || softmax quantized) in nats; ``agreement`` of the two argmaxes. ``reference``: see
+    :class:`WithReference`. A network with ``layers`` runs in integers, any other is simulated; simulated ones whose
+    quantizers have the same classes and shapes are one program.
     """
 
     def update(network: QuantizedNetwork, batch: Batch) -> dict[str, Any]:
-        on = simulate.switches(network.quantizers)
-        logits = simulate.forward(apply_fn, network.variables, network.quantizers, on, batch["image"])
+        variables, quantizers, images = network.variables, network.quantizers, batch["image"]
+        if network.layers is None:
+            logits = simulate.forward(apply_fn, variables, quantizers, simulate.switches(quantizers), images)
+        else:
+            logits = integer.forward_int(
+                apply_fn, variables, quantizers, network.layers, images, one_product=network.one_product
+            )
         reference, mask = batch["reference"], batch["mask"]
         return {
             "accuracy": classification.accuracy(logits, batch["label"], mask),
+            "float_accuracy": classification.accuracy(reference, batch["label"], mask),
             "kl": Mean.of(allocation.kl_divergence(reference, logits), mask),
             "agreement": Mean.of(jnp.argmax(reference, -1) == jnp.argmax(logits, -1), mask),
         }

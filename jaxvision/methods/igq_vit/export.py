@@ -9,6 +9,8 @@
 * ``sites/<site>/<field>``: the arrays of each activation quantizer, e.g. ``sites/blocks.0.attn.qkv/bounds`` (Hq, G_max,
   2), ``count`` and ``bits``: ``s = (u - l) / (2^bits - 1)``, ``z = round(-l / s)``, of the first ``count`` groups.
 
+Its header's metadata repeat the format and the facts of ``model`` as strings.
+
 ``<path>.json``: ``format`` ("jaxvision.igq_vit"), ``version``, ``model`` (whatever the caller says about the network),
 ``weights`` {name: {"bits"}}, ``sites`` {site: {"class", static fields}}, ``sha256`` of the safetensors file.
 """
@@ -41,7 +43,7 @@ class QuantizedModel:
       variables: nested dict with ``params``; its quantized kernels are w_hat.
       codes: integer kernels by name (of :func:`weights.quantize_params`).
       quantizers: by site.
-      model: JSON-able facts about the network, such as its name and number of classes.
+      model: JSON-able facts about the network; a run says model (its zoo name), num_classes, method, bits and seed.
     """
 
     variables: Any
@@ -113,7 +115,8 @@ def from_flat(
 def save(path: str | os.PathLike, model: QuantizedModel) -> None:
     """Writes ``<path>.safetensors`` and then ``<path>.json``, each complete or not at all."""
     arrays, metadata = to_flat(model)
-    described_file.save(path, described_file.SAFETENSORS, safetensors.numpy.save(arrays), metadata)
+    header = {"format": FORMAT, **{key: str(value) for key, value in model.model.items()}}
+    described_file.save(path, described_file.SAFETENSORS, safetensors.numpy.save(arrays, header), metadata)
 
 
 def load(path: str | os.PathLike, classes: Iterable[type] = ()) -> QuantizedModel:

@@ -24,7 +24,7 @@ from jaxvision.quant import activation, uniform
 
 M_STEPS = ("mean", "envelope")
 MULTIPLIERS = (0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
-"""What :func:`refine_bounds_layer_scale` tries; ours, not the paper's."""
+"""Factors of a layer's bounds that ``quantizers.refine_layer_scale`` tries; ours, not the paper's."""
 
 
 @jax.jit
@@ -232,39 +232,29 @@ def layer_scale_errors(
     count: ArrayLike | None = None,
     *,
     axis: str = "channels",
+    clip_zero_point: bool = False,
     multipliers: tuple[float, ...] = MULTIPLIERS,
 ) -> jax.Array:
-    """Mean squared quantization error of ``x`` for bounds times each multiplier: (multipliers,) float."""
-    quantizer = igq_fake_quant_channels if axis == "channels" else igq_fake_quant_rows
-    factors = jnp.asarray(multipliers, bounds.dtype)
-    return jax.lax.map(lambda f: jnp.mean(jnp.square(x - quantizer(x, bounds * f, bits, count))), factors)
+    """Mean squared quantization error of ``x`` for bounds times each multiplier.
 
-
-def refine_bounds_layer_scale(
-    x: jax.Array,
-    bounds: jax.Array,
-    bits: ArrayLike,
-    count: ArrayLike | None = None,
-    *,
-    axis: str = "channels",
-    multipliers: tuple[float, ...] = MULTIPLIERS,
-) -> tuple[jax.Array, jax.Array]:
-    """Widens (or narrows) all bounds of a layer by the one factor of least squared error. Ours, not the paper's.
-
-    Mean bounds are narrower than half of their members' ranges and clip them, which hurts where tokens are few.
     Assignment uses the scaled bounds, as it will at run time.
 
     Args:
       x: calibration activations, (B, N, C), or (B, H, N, M) with ``axis="rows"``.
-      bounds: (G, 2), or for rows (Hq, G, 2); bits, count: as above.
-      multipliers: candidates; ties: the first.
+      bounds: (G, 2), or for rows (Hq, G, 2); bits, count, clip_zero_point: as above.
+      multipliers: the factors.
 
     Returns:
-      scaled bounds, and the factor ().
+      (multipliers,) float.
     """
-    errors = layer_scale_errors(x, bounds, bits, count, axis=axis, multipliers=multipliers)
-    best = jnp.asarray(multipliers, bounds.dtype)[jnp.argmin(errors)]
-    return bounds * best, best
+    quantizer = igq_fake_quant_channels if axis == "channels" else igq_fake_quant_rows
+    factors = jnp.asarray(multipliers, bounds.dtype)
+
+    def error(factor: jax.Array) -> jax.Array:
+        x_hat = quantizer(x, bounds * factor, bits, count, clip_zero_point=clip_zero_point)
+        return jnp.mean(jnp.square(x - x_hat))
+
+    return jax.lax.map(error, factors)
 
 
 @struct.dataclass

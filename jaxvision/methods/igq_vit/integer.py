@@ -166,10 +166,14 @@ class IntegerTap:
       quantizers: by site, as for the simulation; grouped sites need :class:`groups.InstanceGroupQuantizer`.
       layers: site -> (weight, bias), of :func:`integer_layers`.
       batch_size: images in the batch.
+      one_product: all groups of a layer in one product; the quantizers are then of :func:`snapped`.
     """
 
-    def __init__(self, quantizers: Mapping[str, Any], layers: Mapping[str, Any], batch_size: int):
+    def __init__(
+        self, quantizers: Mapping[str, Any], layers: Mapping[str, Any], batch_size: int, one_product: bool = False
+    ):
         self._quantizers, self._layers, self._batch_size = quantizers, layers, batch_size
+        self._linear = power_of_two_linear if one_product else linear_int
         self._inputs: dict[str, tuple[str, jax.Array]] = {}
         self._attention: tuple[jax.Array, Any] | None = None
         self._values: tuple[jax.Array, Any] | None = None
@@ -178,7 +182,7 @@ class IntegerTap:
         """The value that the network goes on with."""
         if name in self._inputs:
             site, value = self._inputs.pop(name)
-            return linear_int(value, self._quantizers[site], *self._layers[site], self._batch_size).reshape(x.shape)
+            return self._linear(value, self._quantizers[site], *self._layers[site], self._batch_size).reshape(x.shape)
         quantizer = self._quantizers.get(name)
         if quantizer is None:
             return x
@@ -211,14 +215,21 @@ def linear_int(
     batch_size: int,
 ) -> jax.Array:
     """:func:`igq_linear_int` of a site's float input (B * windows, ..., C), quantized here; (B, N, D)."""
+    codes, group, scale, zero = _grouped_codes(x, quantizer, batch_size)
+    return igq_linear_int(codes, group, scale, zero, weight, bias, quantizer.bits)
+
+
+def _grouped_codes(
+    x: jax.Array, quantizer: groups.InstanceGroupQuantizer, batch_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Codes (B, N, C), groups (B, C), and scale and zero point (G,) of a site's float input."""
     flat = activation.per_instance(x, batch_size, quantizer.instance)
     bounds = quantizer.bounds[0]
     scale, zero = uniform.affine_params(
         bounds[:, 0], bounds[:, 1], quantizer.bits, clip_zero_point=quantizer.clip_zero_point
     )
     group = quantizer.groups(x, batch_size)
-    codes = uniform.quantize(flat, scale[group][:, None], zero[group][:, None], quantizer.bits)
-    return igq_linear_int(codes, group, scale, zero, weight, bias, quantizer.bits)
+    return uniform.quantize(flat, scale[group][:, None], zero[group][:, None], quantizer.bits), group, scale, zero
 
 
 @jax.jit
@@ -256,8 +267,10 @@ def integer_layers(
     }
 
 
-@partial(jax.jit, static_argnames="apply_fn")
-def forward_int(apply_fn: ApplyFn, variables: Any, quantizers: Any, layers: Any, images: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames=("apply_fn", "one_product"))
+def forward_int(
+    apply_fn: ApplyFn, variables: Any, quantizers: Any, layers: Any, images: jax.Array, *, one_product: bool = False
+) -> jax.Array:
     """Logits (B, K) with the grouped FC layers and A v in integers; equals ``simulate.forward`` with all sites on.
 
     Args:
@@ -265,8 +278,9 @@ def forward_int(apply_fn: ApplyFn, variables: Any, quantizers: Any, layers: Any,
       quantizers: by site.
       layers: of :func:`integer_layers`.
       images: (B, H, W, C) float32.
+      one_product: see :class:`IntegerTap`; static.
     """
-    tap = IntegerTap(quantizers, layers, images.shape[0])
+    tap = IntegerTap(quantizers, layers, images.shape[0], one_product)
     logits = apply_fn(variables, images, tap=tap)
     tap.check_all_used()
     return logits
@@ -275,10 +289,16 @@ def forward_int(apply_fn: ApplyFn, variables: Any, quantizers: Any, layers: Any,
 # --- one product for all groups --------------------------------------------------------------------------------------
 
 
+MAX_SHIFTED_BITS = 7
+"""The widest codes whose differences fit int8."""
+
+
 def largest_shift(bits: int) -> int:
     """The largest k for which a difference of two ``bits``-bit codes, shifted left by k, fits int8; at most 3."""
-    if not 1 <= bits <= 7:
-        raise ConfigError(f"bits={bits}: shifted codes fit int8 for 1 to 7 bits; use the grouped product")
+    if not 1 <= bits <= MAX_SHIFTED_BITS:
+        raise ConfigError(
+            f"bits={bits}: shifted codes fit int8 for 1 to {MAX_SHIFTED_BITS} bits; use the grouped product"
+        )
     return min(3, (127 // uniform.max_code(bits)).bit_length() - 1)
 
 
@@ -307,6 +327,33 @@ def snap_power_of_two(bounds: jax.Array, bits: int) -> tuple[jax.Array, jax.Arra
     snapped = base * jnp.left_shift(1, shift).astype(scale.dtype)
     zero = jnp.clip(jnp.round(-lower / snapped), 0, levels)
     return jnp.stack([-zero * snapped, (levels - zero) * snapped], -1), base, shift
+
+
+def snapped(quantizer: Any, bits: int) -> Any:
+    """An IGQ quantizer of channels with the bounds of :func:`snap_power_of_two`; any other quantizer as it is.
+
+    The scale of a row leaves its sum, so rows need no powers of two.
+    """
+    if not isinstance(quantizer, groups.InstanceGroupQuantizer) or quantizer.axis != "channels":
+        return quantizer
+    bounds, _, _ = snap_power_of_two(quantizer.bounds[0, : int(quantizer.count)], bits)
+    return quantizer.replace(bounds=groups.pad_bounds(bounds[None], quantizer.bounds.shape[1]))
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def power_of_two_linear(
+    x: jax.Array,
+    quantizer: groups.InstanceGroupQuantizer,
+    weight: QuantizedTensor,
+    bias: jax.Array | None,
+    batch_size: int,
+) -> jax.Array:
+    """:func:`power_of_two_linear_int` of a site's float input (B * windows, ..., C), quantized here; (B, N, D)."""
+    codes, group, scale, zero = _grouped_codes(x, quantizer, batch_size)
+    used = jnp.arange(scale.shape[0]) < quantizer.count
+    base = jnp.min(jnp.where(used, scale, jnp.inf))
+    shift = jnp.where(used, jnp.round(jnp.log2(scale / base)), 0).astype(jnp.int32)
+    return power_of_two_linear_int(codes, group, base, shift, zero, weight, bias)
 
 
 @jax.jit

@@ -80,6 +80,12 @@ def forward(apply_fn: ApplyFn, variables: Any, quantizers: Any, enabled: Any, im
 
 
 @partial(jax.jit, static_argnames="apply_fn")
+def float_forward(apply_fn: ApplyFn, variables: Any, images: jax.Array) -> jax.Array:
+    """Logits (B, K) of the network as it is: one program for all seeds and all rounded kernels."""
+    return apply_fn(variables, images)
+
+
+@partial(jax.jit, static_argnames="apply_fn")
 def forward_with_noise(
     apply_fn: ApplyFn, variables: Any, quantizers: Any, enabled: Any, images: jax.Array
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
@@ -114,18 +120,6 @@ def predict(
 ) -> np.ndarray:
     """:func:`forward` over any number of images, (n, K) on the host; the last batch is padded, so one compile."""
     return gather(dispatch(apply_fn, variables, quantizers, enabled, images, batch_size))
-
-
-def noise_powers(
-    apply_fn: ApplyFn, variables: Any, quantizers: Any, enabled: Any, images: Any, batch_size: int = 128
-) -> dict[str, tuple[float, float]]:
-    """Signal and noise power of each site summed over all images, in float64: for the SQNR."""
-    total: dict[str, np.ndarray] = {}
-    for batch, size in _batches(images, batch_size):
-        powers = jax.device_get(forward_with_noise(apply_fn, variables, quantizers, enabled, batch)[1])
-        for name, pair in powers.items():
-            total[name] = total.get(name, np.zeros(2)) + np.asarray(pair, np.float64)[:, :size].sum(1)
-    return {name: (float(signal), float(noise)) for name, (signal, noise) in total.items()}
 
 
 def _batches(images: Any, batch_size: int) -> Iterable[tuple[np.ndarray, int]]:

@@ -150,6 +150,10 @@ def _window_range(kind: str, x: jax.Array, batch_size: int) -> jax.Array:
     return site_range(kind, x, x.shape[0] if kind == "channels" else batch_size)
 
 
+RANGES = {"image": site_range, "window": _window_range}
+"""``(kind, x, batch_size) -> ranges`` by what has a range of its own: FC inputs of an image, or of each window."""
+
+
 def collect(
     apply_fn: ApplyFn, variables: Any, images: Any, sites: Iterable[Site], chunk: int = 32
 ) -> dict[str, np.ndarray]:
@@ -167,5 +171,4 @@ def collect_ranges(
 
     ``instance="window"``: the ranges of FC inputs are those of each window, (images * windows, C, 2).
     """
-    look = site_range if instance == "image" else _window_range
-    return _chunked(look, apply_fn, variables, images, tuple(sites), chunk)
+    return _chunked(RANGES[instance], apply_fn, variables, images, tuple(sites), chunk)

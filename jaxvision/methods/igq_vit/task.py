@@ -24,13 +24,18 @@ from jaxvision.engine import parallel, recipes, seeds, supervised
 from jaxvision.engine.evaluate import Evaluator
 from jaxvision.engine.task import Batch, Eval, Metrics, Stage, State, Task
 from jaxvision.losses.classification import softmax_cross_entropy
-from jaxvision.methods.igq_vit import comparison, report
+from jaxvision.methods.igq_vit import allocation, comparison, report, simulate
 from jaxvision.methods.igq_vit.calibration import Bits, Calibration
 from jaxvision.methods.igq_vit.comparison import Bench, Row, Settings
+from jaxvision.methods.igq_vit.sites import Site, list_sites
 from jaxvision.metrics import Mean, classification
 from jaxvision.models import zoo
 from jaxvision.optim import schedules
+from jaxvision.quant import uniform
 from jaxvision.quant.weights import WeightPolicy
+
+FAMILIES = ("vit", "swin")
+"""Families of the zoo whose taps are ``sites``."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class RowData:
     batch_size: int = 1
 
     def batch_at(self, step: int, shard_index: int = 0, shard_count: int = 1) -> Batch:
+        """``row`` int [1], the row's place in the table; every host gets the same."""
         del shard_index, shard_count
         return {"row": np.asarray([step])}
 
@@ -60,6 +66,7 @@ def make(config: Config) -> Task:
     epochs = config.train.positive("epochs", zero=True)
     trained = model.pretrained is None
     steps = schedules.epochs_to_steps(epochs, data.train.steps_per_epoch) if trained else 0
+    _check_weights(config, trained, steps)
     optimizer = recipes.build_optimizer(config.train.optimizer, steps, data.train.steps_per_epoch)
     comparer = Comparer.read(config, members, model, data, stacked=trained)
 
@@ -80,10 +87,23 @@ def make(config: Config) -> Task:
         comparer.step,
         begin=lambda state, key: state.replace(opt_state={}),
         compiled=False,
-        label=lambda local: str(comparer.rows[min(local, len(comparer.rows) - 1)]),
+        label=comparer.label,
     )
     load = None if trained else lambda state: state.replace(params=model.load({"params": state.params})["params"])
-    return Task("igq_vit", init, (*stages, quantize), functools.partial(report.make, comparer, trained), load)
+    return Task("igq_vit", init, (*stages, quantize), functools.partial(report.make, comparer), load)
+
+
+def _check_weights(config: Config, trained: bool, steps: int) -> None:
+    """Raises ConfigError where a network with random weights would be quantized and nobody said so."""
+    asked = config.train.one_of("random_weights", (True, False))
+    if asked and (steps or not trained):
+        other = f"config.train.epochs={config.train.epochs}" if trained else "config.model.init_from"
+        raise ConfigError(f"config.train.random_weights=True contradicts {other}; set only one of them")
+    if trained and not steps and not asked:
+        raise ConfigError(
+            f"config.train.epochs={config.train.epochs} trains nothing and config.model.init_from='' names no weights; "
+            "give one of them, or say config.train.random_weights=True to quantize a random network"
+        )
 
 
 def _training(
@@ -125,6 +145,8 @@ class Comparer:
       settings: of IGQ.
       members: the seeds; without training they only draw the calibration images.
       stacked: whether parameters have a leading seed axis.
+      sites: of the network.
+      seed: of the run; draws the images of the SQNR, the same for all rows.
     """
 
     rows: tuple[Row, ...]
@@ -133,6 +155,8 @@ class Comparer:
     stacked: bool
     model: recipes.Model
     data: recipes.Data
+    sites: tuple[Site, ...]
+    seed: int
     policy: WeightPolicy
     epsilon: float | None
     image_bits: int
@@ -156,14 +180,18 @@ class Comparer:
             instance=igq.one_of("instance", ("image", "window")),
             clip_zero_point=igq.one_of("clip_zero_point", (True, False)),
             candidates=tuple(igq.candidates),
-            context=igq.one_of("context", ("float", "quantized")),
+            context=igq.one_of("context", allocation.CONTEXTS),
+            sequential=igq.one_of("sequential", (True, False)),
             fp_bits=igq.positive("fp_bits"),
         )
-        methods, bits, image_bits = tuple(config.methods), tuple(config.bits), config.positive("image_bits")
+        methods, bits = _names(config, "methods"), _names(config, "bits")
+        image_bits = uniform.check_bits(config.image_bits, "config.image_bits")
         for method in methods:
             comparison.check_method(method, settings)
         for text in bits:
-            comparison.parse_bits(text, image_bits)
+            widths = comparison.parse_bits(text, image_bits)
+            for method in methods:
+                comparison.check_widths(method, text, widths)
         weights, calibration = config.weights, config.calibration
         epsilon = weights.epsilon
         policy = WeightPolicy(method=weights.method, granularity=weights.granularity, epsilon=epsilon or 0.0)
@@ -185,6 +213,8 @@ class Comparer:
             stacked=stacked,
             model=model,
             data=data,
+            sites=_sites(model, data),
+            seed=config.seed,
             policy=policy,
             epsilon=epsilon,
             image_bits=image_bits,
@@ -194,6 +224,11 @@ class Comparer:
             export=export,
             devices=parallel.create(config.parallel),
         )
+
+    def label(self, index: int) -> str:
+        """A row in the progress bar; a place after the last one is the last."""
+        row = self.rows[min(index, len(self.rows) - 1)]
+        return f"{row.method} {row.bits} seed {self.members[row.member]}"
 
     def variables(self, state: State, member: int) -> dict[str, Any]:
         """The float network of one seed."""
@@ -208,20 +243,23 @@ class Comparer:
                 self.model.module.apply,
                 self.variables(state, member),
                 self.calibration(member)["image"],
+                sites=self.sites,
                 weight_policy=self.policy,
                 observer_batch=self.observer_batch,
             )
             self._benches[member] = Bench(context, self.settings)
-            predict = functools.partial(jax.jit(self.model.module.apply), context.variables)
+            predict = functools.partial(simulate.float_forward, self.model.module.apply, context.variables)
             self._references[member] = comparison.WithReference(self.data.eval, predict)
         return self._benches[member]
 
-    def calibration(self, member: int) -> Batch:
-        """Random training images under evaluation preprocessing, without augmentation; the draw is the seed's."""
-        examples = self.data.train_examples
+    def drawn(self, member: int) -> np.ndarray:
+        """Numbers of the training images that a seed calibrates on, int [images], ascending."""
         draw = rng.generator(self.members[member], "calibration")
-        index = np.sort(draw.choice(examples.num_examples, self.calibration_images, replace=False))
-        return examples.subset(index, batch_size=self.calibration_images).batch_at(0)
+        return np.sort(draw.choice(self.data.train_examples.num_examples, self.calibration_images, replace=False))
+
+    def calibration(self, member: int) -> Batch:
+        """The training images :meth:`drawn`, under evaluation preprocessing, without augmentation."""
+        return self.data.train_examples.subset(self.drawn(member), batch_size=self.calibration_images).batch_at(0)
 
     def prepared(self, state: State, row: Row) -> tuple[Bench, Bits]:
         """The bench and the widths of a row; its weight percentile chosen on the calibration images if none is set."""
@@ -249,9 +287,9 @@ class Comparer:
         begin = time.monotonic()
         judged, noise = self._evaluate(self.devices.replicate(built.network), row.member)
         seconds["seconds/evaluate"] = time.monotonic() - begin
-        numbers = {**judged, **noise, **{name: Mean.of(float(value)) for name, value in built.bops.items()}}
-        if row.method.startswith("igq"):
-            numbers |= {f"groups/{site}": Mean.of(float(count)) for site, count in built.groups.items()}
+        numbers = {**judged, **noise, **{name: comparison.Exact.of(value) for name, value in built.bops.items()}}
+        if built.groups is not None:
+            numbers |= {f"groups/{site}": comparison.Exact.of(count) for site, count in built.groups.items()}
         return state, {**numbers, **{name: Mean.of(value) for name, value in seconds.items()}}
 
     def _timed_build(self, state: State, row: Row) -> tuple[comparison.Built, dict[str, float]]:
@@ -309,5 +347,27 @@ class Comparer:
 
     @functools.cached_property
     def _sqnr_data(self) -> EvalBatches:
-        count = min(self.sqnr_images, self.data.eval.num_examples)
-        return self.data.eval.subset(np.arange(count), batch_size=min(count, self.data.eval.batch_size))
+        """Random evaluation images: the first ones of a folder would be of one or two classes."""
+        total = self.data.eval.num_examples
+        count = min(self.sqnr_images, total)
+        index = np.sort(rng.generator(self.seed, "sqnr").choice(total, count, replace=False))
+        return self.data.eval.subset(index, batch_size=min(count, self.data.eval.batch_size))
+
+
+def _names(config: Config, key: str) -> tuple[str, ...]:
+    """A field with at least one name, each once."""
+    names = config.get(key)
+    if not isinstance(names, tuple) or not names or len(set(names)) != len(names):
+        raise ConfigError(f"{config.where(key)}={names!r} must be a tuple of at least one name, each once")
+    return names
+
+
+def _sites(model: recipes.Model, data: recipes.Data) -> tuple[Site, ...]:
+    """The network's sites, found without computing anything."""
+    if zoo.spec(model.name).family not in FAMILIES:
+        raise ConfigError(
+            f"config.model.name='{model.name}' is no vision transformer with named sites; use one of the families "
+            f"{', '.join(FAMILIES)}"
+        )
+    shapes = zoo.variable_shapes(model.module, data.image_shape[:2], data.image_shape[2])
+    return list_sites(model.module.apply, shapes, data.image_shape)

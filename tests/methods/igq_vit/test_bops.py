@@ -71,7 +71,10 @@ def test_image_head_and_windows():
     assert cost["layers.0.blocks.0.attn.softmax"]["base"] == 2 * 4 * 2 * 9 * 9 * 5 * 36
     assert cost["layers.0.blocks.0.attn.softmax"]["distance"] == 4 * 2 * 9 * 2 * (2 * 32**2 + 3 * 32)
     assert cost["layers.0.blocks.0.attn.proj"] == bops.fc_bops(36, 10, 10, 4, 6, 3)
+    sixteen = bops.network_bops(sites, None, 4, 6, image_bits=16)
+    assert sixteen["patch_embed.proj"]["base"] == 8 * 8 * 3 * 10 * 4 * 16
     fixed = bops.network_bops(sites, None, 4, 6)
+    assert all(sixteen[name] == fixed[name] for name in fixed if name != "patch_embed.proj")
     assert fixed["layers.0.blocks.0.attn.proj"] == dict.fromkeys(bops.PARTS, 0) | {"base": 36 * 100 * 24}
     with pytest.raises(ConfigError, match=r"no tap for its values"):
         bops.network_bops(sites[2:3], 2, 4, 6)

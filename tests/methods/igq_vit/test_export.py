@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 from jaxvision.core import struct, trees
@@ -75,6 +76,8 @@ def test_another_program_can_read_it(model, tmp_path):
     far = (lower[:, None] - bounds[:count, 0]) ** 2 + (upper[:, None] - bounds[:count, 1]) ** 2
     np.testing.assert_array_equal(model.quantizers[site].groups(jnp.asarray(x), 1)[0], far.argmin(1))
     assert not any(key.startswith("variables/") and key.endswith("/kernel") for key in arrays)
+    with safetensors.safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "jaxvision.igq_vit", "name": "tiny", "num_classes": "5"}
     assert meta["model"] == {"name": "tiny", "num_classes": 5} and meta["format"] == "jaxvision.igq_vit"
 
 

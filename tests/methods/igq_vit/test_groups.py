@@ -238,21 +238,24 @@ def test_layers_at_once_equal_layers_one_by_one():
         np.testing.assert_allclose(mapped[i], alone[0], rtol=1e-5)
 
 
-def test_layer_scale_takes_the_factor_of_least_error():
-    x = activations(tokens=4)
+def test_layer_scale_errors_are_those_of_the_scaled_bounds():
+    x = activations(tokens=4) + 4  # intervals that miss 0, so that clipped zero points matter
     bounds, _ = calibrated(x, 2)
-    scaled, factor = groups.refine_bounds_layer_scale(x, bounds, 6)
-    errors = [
-        float(np.mean(np.square(np.asarray(x - groups.igq_fake_quant_channels(x, bounds * np.float32(f), 6)))))
-        for f in groups.MULTIPLIERS
-    ]
-    assert factor == np.float32(groups.MULTIPLIERS[int(np.argmin(errors))])
-    assert factor > 1  # few tokens, many levels: clipping dominates
-    np.testing.assert_array_equal(scaled, bounds * factor)
+    found = {}
+    for clip in (False, True):
+        found[clip] = groups.layer_scale_errors(x, bounds, 6, clip_zero_point=clip)
+        errors = [
+            np.mean(np.square(x - groups.igq_fake_quant_channels(x, bounds * np.float32(f), 6, clip_zero_point=clip)))
+            for f in groups.MULTIPLIERS
+        ]
+        np.testing.assert_allclose(found[clip], errors, rtol=1e-5)
+    assert groups.MULTIPLIERS[int(np.argmin(found[False]))] > 1  # few tokens, many levels: clipping dominates
+    assert not np.allclose(found[False], found[True])
     rows = jax.nn.softmax(x.reshape(6, 1, 4, 10))
     per_row, _ = groups.calibrate_bounds(groups.row_range(rows).reshape(-1, 2), 2)
-    _, factor = groups.refine_bounds_layer_scale(rows, per_row[None], 4, axis="rows")
-    assert float(factor) in [float(np.float32(f)) for f in groups.MULTIPLIERS]
+    errors = groups.layer_scale_errors(rows, per_row[None], 4, axis="rows")
+    expected = np.mean(np.square(rows - groups.igq_fake_quant_rows(rows, per_row[None] * np.float32(1.5), 4)))
+    np.testing.assert_allclose(errors[-1], expected, rtol=1e-5)
 
 
 def test_windows_of_an_image_are_assigned_together_unless_asked():

@@ -206,6 +206,11 @@ def test_one_product_equals_its_simulation():
     codes = uniform.quantize(x, scale[group][:, None], zero[group][:, None], 4)
     y = integer.power_of_two_linear_int(codes, group, base, shift, zero, weight, bias)
     np.testing.assert_allclose(y, pow2(x, 3) @ weight.dequantize() + bias, rtol=1e-4, atol=1e-4)
+    padded = integer.snapped(quantizer, 4)
+    assert padded.bounds.shape == quantizer.bounds.shape and int(padded.count) == int(quantizer.count)
+    np.testing.assert_allclose(integer.power_of_two_linear(x, padded, weight, bias, 3), y, rtol=1e-4, atol=1e-4)
+    rows = groups.InstanceGroupQuantizer.create(snapped, 4, axis="rows")
+    assert integer.snapped(rows, 4) is rows
     difference = np.asarray(codes) - np.asarray(zero, int)[group][:, None]
     shifted = np.left_shift(difference, np.asarray(shift)[group][:, None])
     assert np.abs(shifted).max() <= 120

@@ -10,6 +10,7 @@ from jaxvision.methods.igq_vit import allocation, quantizers, simulate
 from jaxvision.methods.igq_vit import sites as sites_lib
 from jaxvision.models.vit import ViT
 from jaxvision.quant import weights
+from jaxvision.quant.activation import DynamicGroupQuantizer
 
 BITS = 4
 
@@ -104,15 +105,16 @@ def test_result_does_not_depend_on_the_batch_size(net, four):
 
 def test_noise_is_measured_on_what_reaches_the_site(net, four):
     off = simulate.switches(four, False)
-    powers = simulate.noise_powers(net.apply, net.variables, four, off, net.images, batch_size=4)
+    _, powers = simulate.forward_with_noise(net.apply, net.variables, four, off, net.images)
     assert set(powers) == {site.name for site in net.sites}
-    for name, (signal, noise) in powers.items():
+    for name, each in powers.items():
+        signal, noise = (np.asarray(power, np.float64).sum() for power in each)
         x = net.values[name].astype(np.float64)
         x_hat = np.asarray(four[name](jnp.asarray(net.values[name]), 7), np.float64)
         np.testing.assert_allclose(signal, np.square(x).sum(), rtol=1e-4)
         np.testing.assert_allclose(noise, np.square(x - x_hat).sum(), rtol=2e-2)
-    logits, _ = simulate.forward_with_noise(net.apply, net.variables, four, simulate.switches(four), net.images[:4])
-    expected = simulate.forward(net.apply, net.variables, four, simulate.switches(four), net.images)[:4]
+    logits, _ = simulate.forward_with_noise(net.apply, net.variables, four, simulate.switches(four), net.images)
+    expected = simulate.forward(net.apply, net.variables, four, simulate.switches(four), net.images)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -185,11 +187,21 @@ def test_layer_scale_of_the_network_equals_that_of_each_site(net, four):
     for name in ("blocks.0.mlp.fc2", "blocks.0.attn.softmax"):
         q = four[name]
         bounds = q.bounds[0] if q.axis == "channels" else q.bounds
-        scaled, factor = quantizers.groups.refine_bounds_layer_scale(
-            net.values[name], bounds, BITS, q.count, axis=q.axis
-        )
-        assert np.float32(factors[name]) == factor
-        np.testing.assert_allclose(refined[name].bounds.reshape(scaled.shape), scaled, rtol=1e-6)
+        errors = quantizers.groups.layer_scale_errors(net.values[name], bounds, BITS, q.count, axis=q.axis)
+        assert factors[name] == quantizers.groups.MULTIPLIERS[int(np.argmin(errors))]
+        np.testing.assert_allclose(refined[name].bounds, q.bounds * factors[name], rtol=1e-6)
+
+
+def test_layer_scale_keeps_to_the_clipped_zero_point(net, four):
+    name = "blocks.0.mlp.fc1"
+    bounds = jnp.asarray([[[1.0, 2.0], [-1.5, -0.5]]])  # without 0
+    options = {"axis": "channels", "clip_zero_point": True}
+    clipped = {name: quantizers.groups.InstanceGroupQuantizer.create(bounds, BITS, 2, **options)}
+    _, factors = quantizers.refine_layer_scale(net.module.apply, net.variables, clipped, net.images, batch_size=7)
+    errors = quantizers.groups.layer_scale_errors(net.values[name], bounds[0], BITS, clip_zero_point=True)
+    assert factors[name] == quantizers.groups.MULTIPLIERS[int(np.argmin(errors))]
+    unclipped = quantizers.groups.layer_scale_errors(net.values[name], bounds[0], BITS)
+    assert np.argmin(unclipped) != np.argmin(errors)
 
 
 def test_sequential_calibration_sees_the_quantized_network(net):
@@ -221,10 +233,9 @@ def test_sequential_calibration_sees_the_quantized_network(net):
     np.testing.assert_allclose(final[0], seen["head"], rtol=1e-4, atol=1e-4)
 
 
-def test_upper_bound_has_no_calibrated_groups(net, four):
-    upper = quantizers.upper_bound_quantizers(net.sites, net.intervals, BITS)
-    assert set(upper) == set(four)
+def test_a_quantizer_for_each_channel_and_row_has_less_noise(net, four):
     for name in net.grouped:
-        x = net.values[name]
-        noise = [float(np.square(x - np.asarray(made[name](jnp.asarray(x), 7))).sum()) for made in (upper, four)]
+        upper = DynamicGroupQuantizer.create(BITS, axis=four[name].axis)
+        x = jnp.asarray(net.values[name])
+        noise = [float(np.square(x - quantizer(x, 7)).sum()) for quantizer in (upper, four[name])]
         assert noise[0] < noise[1]
