@@ -17,15 +17,20 @@ Presets: ``smoke`` (seconds), ``official_sample``, ``full``, ``mbv2_{450m,600m,1
 
 Fields beside those of ``configs/common.py``:
 
-    space       name (spaces/catalog.py) and options: the space's own settings
+    space       name (spaces/catalog.py) and options, the space's own settings. nas_bench_201: width and num_cells of
+                its networks, init of the weights (nb201_draws.py), resolution and num_classes that costs are counted
+                for; mbv2: start, where evolution begins, uniform_types: mutation draws every block type as often,
+                cost_resolution and num_classes; autoformer_*: patch_size, supernet_seed of the weights (-1: seed)
     search      method: random (draws), evolution (mutation of the best), sample (numpy's default_rng(sample_seed) draws
                 sample_of without repetition, of which the first count), all. count: candidates; chunk: of a step.
-                population: evolution takes parents from the best population - 1. tries: draws until a candidate must be
-                within the budget. rank_by: proxies, (): the space's; one alone is ZenNAS's search. once_per_function:
-                networks that compute the same function are scored once
-    budget      max_flops, min_params, max_params, max_layers; 0: no limit
+                population: evolution takes parents from the best population - 1 (by one proxy: population). tries:
+                draws until a candidate must be within the budget. rank_by: proxies, (): the space's; one alone is
+                ZenNAS's search. once_per_function: networks that compute the same function are scored once
+    budget      max_flops, min_params, max_params, max_layers (of mbv2 and autoformer_*, whose layers are blocks); 0: no
+                limit
     scoring     of AZ-NAS: resolution and batch_size of the noise images, repeats: mean over draws, together: how many
-                networks are computed at once (accelerators; 0: one after the other)
+                networks are computed at once (accelerators, candidates that don't depend on scores; 0: one after
+                the other)
     baselines   names of other papers' proxies (methods/az_nas/baselines.py; te_nas stands for its two), resolution and
                 batch_size of their noise images, gradsign_mean ("supernet" or "own"), data: the images of those that
                 look at real ones; NAS-Bench-201 only
@@ -39,11 +44,29 @@ Fields beside those of ``configs/common.py``:
 from ml_collections import ConfigDict
 
 from configs import common
+from jaxvision.models import mbv2_structure
 
 # Name -> (FLOPs, layers), section 4.2 of the paper.
 MBV2 = {"mbv2_450m": (450e6, 14), "mbv2_600m": (600e6, 14), "mbv2_1g": (1000e6, 16)}
 # Name -> (least, most) parameters: AutoFormer's search.
 AUTOFORMER = {"autoformer_t": (4e6, 6e6), "autoformer_s": (21e6, 23e6), "autoformer_b": (52e6, 54e6)}
+# Space -> its options and their defaults.
+OPTIONS = {
+    "nas_bench_201": {
+        "resolution": 32,
+        "num_classes": 10,
+        "width": 16,
+        "num_cells": 5,
+        "init": "kaiming_normal_in",
+    },
+    "mbv2": {
+        "start": mbv2_structure.INITIAL,
+        "uniform_types": False,
+        "cost_resolution": 224,
+        "num_classes": 1000,
+    },
+    **{name: {"patch_size": 16, "supernet_seed": -1} for name in AUTOFORMER},
+}
 # Those that cost least; grasp, gradsign and te_nas double the time.
 BASELINES = ("params", "grad_norm", "snip", "synflow", "naswot", "zen", "zico")
 PRESETS = ("smoke", "official_sample", "full", *MBV2, *AUTOFORMER)
@@ -65,7 +88,7 @@ def base(space: str, *, count: int, resolution: int, batch_size: int, **engine) 
     """All fields: a random search without limits."""
     config = common.engine(**{"save_every": 1, **engine})
     config.method = "az_nas"
-    config.space = ConfigDict({"name": space, "options": {}})
+    config.space = ConfigDict({"name": space, "options": OPTIONS.get(space, {})})
     config.search = ConfigDict(
         {
             "method": "random",
@@ -125,7 +148,7 @@ def smoke() -> ConfigDict:
     """Every part on a few networks of a few channels."""
     config = base("nas_bench_201", count=12, resolution=8, batch_size=4, save_every=1, tensorboard=False)
     config.search.chunk = 4
-    config.space.options = ConfigDict({"width": 4, "num_cells": 1})
+    config.space.options.update(width=4, num_cells=1)
     config.report = ConfigDict({"resamples": 20, "pool": 4, "runs": 5})
     config = with_truth(with_baselines(config, ("params", "naswot")), count=4, epochs=0.1, width=4, cells=1)
     config.ground_truth.picks = ("az_nas", "naswot")
@@ -141,9 +164,10 @@ def official_sample() -> ConfigDict:
 
 
 def full() -> ConfigDict:
-    """All 15,625 architectures at the paper's setting."""
+    """All 15,625 architectures at the paper's setting, and its searches: five times the best of 3,000."""
     config = with_baselines(base("nas_bench_201", count=0, resolution=32, batch_size=64), ())
     config.search.method, config.search.chunk = "all", 125
+    config.report.pool, config.report.runs = 3000, 5
     return config
 
 

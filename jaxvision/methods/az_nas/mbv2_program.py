@@ -223,6 +223,13 @@ def _signs(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
     return 2 * np.unpackbits(words, count=count).view(np.int8).reshape(shape) - 1
 
 
+def check_resolution(blocks: Sequence[mbv2_structure.Block], resolution: int) -> None:
+    """Raises ConfigError for a resolution that the strides don't divide."""
+    stride = mbv2_structure.total_stride(blocks)
+    if resolution % stride:
+        raise ConfigError(f"resolution={resolution} must be a multiple of {stride}, the product of the strides")
+
+
 def score(
     blocks: Sequence[mbv2_structure.Block], generator: np.random.Generator, resolution: int, batch_size: int
 ) -> dict[str, float]:
@@ -231,9 +238,7 @@ def score(
     Raises:
       ConfigError: a resolution that the strides don't divide.
     """
-    stride = mbv2_structure.total_stride(blocks)
-    if resolution % stride:
-        raise ConfigError(f"resolution={resolution} must be a multiple of {stride}, the product of the strides")
+    check_resolution(blocks, resolution)
     bound_programs()
     images = generator.standard_normal((batch_size, resolution, resolution, 3), np.float32)
     scores = measure(mbv2_structure.units(blocks), images, random_draw(generator))

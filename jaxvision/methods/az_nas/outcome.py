@@ -14,7 +14,7 @@ SHORT = {"expressivity": "E", "progressivity": "P", "trainability": "T", "comple
 ADDED = ("synflow", "zico")
 """Baselines that the paper adds to the aggregate (its table 5)."""
 PAIRS = {"te_nas": ("te_nas_ntk", "te_nas_regions")}
-"""Baselines of two scores, whose ranks are summed (section 3.5: TE-NAS)."""
+"""Baselines of two scores, whose ranks are summed (Chen et al. 2021, TE-NAS)."""
 
 Scores = Mapping[str, np.ndarray]
 

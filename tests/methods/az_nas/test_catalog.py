@@ -1,10 +1,12 @@
 """Spaces by name: their options, what the search may ask of each, and that what they find can be trained."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from configs import classification
+from configs import az_nas, classification
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import nb201_program
@@ -20,7 +22,8 @@ def build(name, **options):
 def test_every_space_draws_changes_writes_and_counts_architectures(name):
     entry, draw = build(name), np.random.default_rng(0)
     space = entry.space
-    for architecture in (space.sample(draw), space.mutate(entry.initial, draw, 2)):
+    start = space.sample(draw) if entry.initial is None else entry.initial
+    for architecture in (space.sample(draw), space.mutate(start, draw, 2)):
         assert architecture.shape == space.shape and architecture.dtype == np.int32
         np.testing.assert_array_equal(space.from_string(space.to_string(architecture)), architecture)
         cost = space.cost(architecture)
@@ -30,11 +33,31 @@ def test_every_space_draws_changes_writes_and_counts_architectures(name):
     assert entry.space.proxies[-1] == "complexity"
 
 
+@pytest.mark.parametrize("name", sorted(catalog.SPACES))
+def test_every_option_stands_in_the_configuration_with_its_default(name):
+    space = build(name, **az_nas.OPTIONS[name]).space
+    fields = {field.name: field.default for field in dataclasses.fields(space) if field.init}
+    for fixed in ("size", "choices"):
+        fields.pop(fixed, None)
+    if "supernet_seed" in fields:
+        fields["supernet_seed"] = -1  # the run's
+    assert az_nas.OPTIONS[name] == fields
+
+
+def test_the_supernet_is_the_seeds_unless_it_has_its_own():
+    config = Config({"name": "autoformer_t", "options": az_nas.OPTIONS["autoformer_t"]})
+    assert catalog.build(config, 7).space.supernet_seed == 7
+    own = Config({"name": "autoformer_t", "options": {"supernet_seed": 3}})
+    assert catalog.build(own, 7).space.supernet_seed == 3
+
+
 def test_unknown_options_are_named():
     with pytest.raises(ConfigError, match=r"config.options='widht' is unknown; did you mean 'width'"):
         build("nas_bench_201", widht=4)
     with pytest.raises(ConfigError, match=r"config.options='size' is unknown"):
         build("autoformer_t", size="s")
+    with pytest.raises(ConfigError, match=r"config.options.patch_size=0 must be a number above 0"):
+        build("autoformer_t", patch_size=0)
 
 
 def test_nas_bench_201_numbers_its_architectures_and_knows_equal_functions():

@@ -88,7 +88,7 @@ def test_the_result_does_not_depend_on_the_size_of_a_step(kind):
 
 
 def test_evolution_takes_parents_from_the_best_of_everything(monkeypatch):
-    """The candidates of a plain loop over the definition, section 3.4."""
+    """The candidates of a plain loop, as in the official ``evolution_search_az.py``."""
     search = make_search(Evolution(SPACE, Budget(max_flops=22), 3, 100, INITIAL, parents=15), 60)
     history, rows = fold(search, 60)
     architectures, rejected = [], 0

@@ -32,7 +32,7 @@ ENTRY = catalog.Entry(
 
 @pytest.fixture(autouse=True)
 def digits(monkeypatch):
-    monkeypatch.setitem(catalog.SPACES, "digits", lambda config: (config.options.to_dict(), ENTRY)[1])
+    monkeypatch.setitem(catalog.SPACES, "digits", lambda config, seed: (config.options.to_dict(), ENTRY)[1])
 
 
 def settings(**changes):
@@ -64,7 +64,7 @@ def test_a_search_that_is_stopped_ends_with_the_same_result(search, tmp_path, mo
         with pytest.raises(Preempted):
             run(settings(search=search), tmp_path / "parts")
     monkeypatch.undo()
-    monkeypatch.setitem(catalog.SPACES, "digits", lambda config: (config.options.to_dict(), ENTRY)[1])
+    monkeypatch.setitem(catalog.SPACES, "digits", lambda config, seed: (config.options.to_dict(), ENTRY)[1])
     _, parts = run(settings(search=search), tmp_path / "parts")
     assert parts.rows == whole.rows
     for name in ("population", "scores"):
@@ -105,6 +105,8 @@ def test_what_was_found_is_a_configuration_that_trains(tmp_path, monkeypatch):
         ({"search": {"method": "sample", "count": 31, "sample_of": 30}}, "need count <= sample_of <= 10,000"),
         ({"search": {"method": "all"}}, "count=30, but all architectures are 10,000"),
         ({"search": {"count": 0}}, "config.search.count must be above 0"),
+        ({"scoring": {"together": 4}, "search": EVOLUTION}, "config.search.method='evolution' each candidate depends"),
+        ({"budget": {"max_layers": 3}}, "no architecture within config.budget.max_layers=3 in"),
         ({"search": {"once_per_function": True}}, "can't tell equal functions"),
         ({"scoring": {"together": 4}}, "scores one architecture at a time"),
         ({"budget": {"max_flops": 3, "min_params": 40}}, "no architecture within config.budget.max_flops=3 and"),
