@@ -7,13 +7,15 @@
         compares with the benchmark's accuracies instead; FILE is made by
         python -m jaxvision.tools.prepare_data nas_bench_201
     python -m jaxvision.main --config=configs/az_nas.py:official_sample --config.benchmark_table=FILE
-        the 701 networks that the official code was run on, at its settings; ``full``: all 15,625
+        the 701 networks that the official code was run on, at its settings; ``same_size``: the 1,000 of that sample
+        with AZ-NAS and the other proxies on images of one size; ``full``: all 15,625
     python -m jaxvision.main --config=configs/az_nas.py:mbv2_450m --workdir=RUN
     python -m jaxvision.main --config=RUN/found.py --config.data.path=DIR
         a search for an ImageNet network, then its training: two commands. The paper's search has 100,000 candidates;
         --config.search.count=2000 --config.search.population=128 is a short one
 
-Presets: ``smoke`` (seconds), ``official_sample``, ``full``, ``mbv2_{450m,600m,1g}``, ``autoformer_{t,s,b}``.
+Presets: ``smoke`` (seconds), ``official_sample``, ``same_size``, ``full``, ``mbv2_{450m,600m,1g}``,
+``autoformer_{t,s,b}``.
 
 Fields beside those of ``configs/common.py``:
 
@@ -67,14 +69,20 @@ OPTIONS = {
     },
     **{name: {"patch_size": 16, "supernet_seed": -1} for name in AUTOFORMER},
 }
-# Those that cost least; grasp, gradsign and te_nas double the time.
-BASELINES = ("params", "grad_norm", "snip", "synflow", "naswot", "zen", "zico")
-PRESETS = ("smoke", "official_sample", "full", *MBV2, *AUTOFORMER)
+# All but te_nas, whose kernel takes as long as all others together.
+BASELINES = ("params", "grad_norm", "snip", "grasp", "synflow", "naswot", "zen", "gradsign", "zico")
+PRESETS = ("smoke", "official_sample", "same_size", "full", *MBV2, *AUTOFORMER)
 
 
 def get_config(preset: str = "") -> ConfigDict:
     """The configuration of a preset."""
-    presets = {"": nas_bench_201, "smoke": smoke, "official_sample": official_sample, "full": full}
+    presets = {
+        "": nas_bench_201,
+        "smoke": smoke,
+        "official_sample": official_sample,
+        "same_size": same_size,
+        "full": full,
+    }
     if preset in presets:
         return common.finish(presets[preset]())
     if preset in MBV2:
@@ -128,11 +136,13 @@ def with_truth(config: ConfigDict, count: int, epochs: float, width: int, cells:
     return config
 
 
-def with_baselines(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
+def with_baselines(config: ConfigDict, names: tuple[str, ...], *, resolution: int = 8) -> ConfigDict:
     """The other proxies, on digits of 8 x 8 pixels and noise of that size, which costs a quarter of 16 x 16."""
     data = common.digits(batch_size=16)
+    if resolution == 16:
+        data = common.data("digits16", mean=(0.0,), std=(1.0,), batch_size=16)
     config.baselines = ConfigDict(
-        {"names": names, "resolution": 8, "batch_size": 16, "gradsign_mean": "supernet", "data": data}
+        {"names": names, "resolution": resolution, "batch_size": 16, "gradsign_mean": "supernet", "data": data}
     )
     return config
 
@@ -161,6 +171,13 @@ def official_sample() -> ConfigDict:
     config = with_baselines(base("nas_bench_201", count=701, resolution=32, batch_size=64), ())
     config.search.method = "sample"
     return config
+
+
+def same_size() -> ConfigDict:
+    """Numpy's sample of 1,000 with AZ-NAS and the other proxies alike on 16 images of 16 x 16."""
+    config = base("nas_bench_201", count=1000, resolution=16, batch_size=16, save_every=20)
+    config.search.method, config.search.chunk = "sample", 10
+    return with_baselines(config, BASELINES, resolution=16)
 
 
 def full() -> ConfigDict:

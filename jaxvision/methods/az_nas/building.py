@@ -1,5 +1,8 @@
 """The parts of a search from its configuration: where candidates come from, what scores them."""
 
+import os
+
+import jax
 import numpy as np
 
 from jaxvision.core import rng
@@ -54,6 +57,7 @@ def build_search(config: Config, entry: Entry) -> tuple[Search, Numbers]:
         seed=config.seed,
         counted=counted,
         repeats=config.scoring.positive("repeats"),
+        workers=os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1,
     )
     return search, Numbers(count, chunk)
 

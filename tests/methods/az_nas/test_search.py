@@ -1,5 +1,7 @@
 """Searches: ranks that grow are those of the whole, budgets hold, steps of any size give the same population."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +139,28 @@ def test_repeats_average_and_functions_are_scored_once():
     assert history.scores[0, 0] == np.mean([scorer(given[0], key)["expressivity"] for key in keys])
     np.testing.assert_array_equal(history.scores[1, :3], history.scores[0, :3])
     assert history.scores[1, 3] == 18 and once.scores[0, 0] != once.scores[1, 0]
+
+
+def test_scorings_run_side_by_side_and_give_the_same():
+    given, meeting = SPACE.sample(rng.generator(0, "test"))[None], threading.Barrier(2, timeout=60)
+
+    def scoring(name, wait):
+        def score(architecture, key):
+            wait()
+            return {name: float(architecture.sum()) + float(jax.random.uniform(key))}
+
+        return Scoring((name,), one_by_one(score))
+
+    def run(workers, wait):
+        scorings = {name: scoring(name, wait) for name in ("zen", "zico")}
+        columns, proposer = ("zen", "zico", "complexity"), Given(given)
+        search = make_search(proposer, 1, scorings=scorings, columns=columns, ranked=columns, workers=workers)
+        history, rows = fold(search, 1)
+        assert min(rows[0]["seconds/zen"], rows[0]["seconds/zico"]) > 0
+        return history.scores
+
+    # Alone, each would wait for the other in vain.
+    np.testing.assert_array_equal(run(2, meeting.wait), run(1, lambda: None))
 
 
 def test_a_budget_that_nothing_meets_is_one_clear_error():
