@@ -190,6 +190,6 @@ class Search:
         new = history.scores[history.count - added : history.count]
         best = int(history.best(1)[0])
         numbers = {"evaluated": history.count, "rejected": rejected, "best": best}
-        # NaN, or -inf where a scorer said so itself: ranked last, and the report counts them.
+        # NaN, or what isn't finite: ranked last, and the report counts them.
         numbers |= {f"no_value/{name}": (~np.isfinite(new[:, i])).sum() for i, name in enumerate(self.columns)}
         return {name: Mean.of(float(value)) for name, value in numbers.items()}

@@ -48,8 +48,8 @@ def fold(search, chunk):
 
 
 def aggregate(scores):
-    """The definition: sum of ln(rank / m), NaN at the bottom."""
-    ranks = rankdata(np.where(np.isnan(scores), -np.inf, scores), axis=0)
+    """The definition: sum of ln(rank / m), what isn't finite at the bottom."""
+    ranks = rankdata(np.where(np.isfinite(scores), scores, -np.inf), axis=0)
     return np.log(ranks / len(scores)).sum(1)
 
 
@@ -58,6 +58,7 @@ def test_growing_ranks_equal_ranks_of_the_whole():
     scores = draw.integers(0, 6, (80, 3)).astype(float)
     scores[draw.random((80, 3)) < 0.1] = -np.inf
     scores[draw.random((80, 3)) < 0.1] = np.nan
+    scores[draw.random((80, 3)) < 0.1] = np.inf
     for start in (0, 1, 40):
         ranks = Ranks(scores[:start], capacity=80)
         for row in scores[start:]:

@@ -12,7 +12,8 @@ import numpy as np
 
 Architecture = np.ndarray
 Scores = Mapping[str, float]
-"""Proxy name -> value; larger is better. NaN where a proxy has no value: the search ranks it last and counts it."""
+"""Proxy name -> value; larger is better. NaN where a proxy has no value: the search ranks it last and counts it, like
+anything that isn't finite."""
 
 
 @dataclass(frozen=True)
