@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -105,6 +106,28 @@ def test_depthwise_layers_are_grouped_convolutions_with_their_gradients():
         expected, own = both(x, g)
         for one, other in zip(own, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pull_back_is_its_own_layers_where_shapes_are_those_of_another():
+    """``_pull`` is compiled for the tree of a pull-back: sizes, strides and ReLUs must be part of it."""
+    rng = np.random.default_rng(0)
+    g = rng.standard_normal((2, 4, 4, 8)).astype(np.float32)
+    for kernel_shape in ((3, 3, 1, 8), (1, 1, 8, 8)):
+        kernel = rng.standard_normal(kernel_shape).astype(np.float32)
+        for size, stride, activate in ((7, 2, True), (8, 2, True), (4, 1, True), (4, 1, False)):
+            x = rng.standard_normal((2, size, size, 8)).astype(np.float32)
+            y, pull = mbv2_program._layer(x, kernel, stride=stride, activate=activate)
+
+            @jax.jit
+            def gradient(x, g, kernel=kernel, stride=stride, activate=activate):
+                def plain(x):
+                    y = mbv2_program.convolve(jax.nn.relu(x) if activate else x, kernel, stride)
+                    return jnp.vdot(mbv2_program.normalise(y), g)
+
+                return jax.grad(plain)(x)
+
+            assert y.shape == g.shape
+            np.testing.assert_allclose(mbv2_program._pull(pull, g), gradient(x, g), rtol=1e-4, atol=1e-5)
 
 
 def test_a_score_is_a_function_of_the_key_and_compiles_once_for_its_shapes():
