@@ -9,7 +9,7 @@ import pytest
 from configs import az_nas, classification
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
-from jaxvision.methods.az_nas import nb201_program
+from jaxvision.methods.az_nas import exports, nb201_program
 from jaxvision.methods.az_nas.spaces import catalog
 from jaxvision.models import zoo
 
@@ -90,4 +90,19 @@ def test_several_at_once_are_blocks_of_one_size(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(catalog.SPACES))
 def test_what_was_found_has_a_preset_that_trains_it(name):
-    assert build(name).preset in ("", *classification.PRESETS)
+    entry = build(name)
+    assert entry.preset in ("", *classification.PRESETS)
+    architecture, module = entry.space.sample(np.random.default_rng(0)), {}
+    exec(exports.config_file(entry.space, architecture, "a search", entry.preset), module)
+    config = module["get_config"]()
+    assert config.is_locked and config.model.name == entry.space.model(architecture)[0]
+    network = zoo.build(config.model.name, num_classes=10, **config.model.settings.to_dict())
+    size, channels = zoo.spec(config.model.name).input_size, 3
+    shapes = zoo.variable_shapes(network, size, channels)
+    logits = jax.eval_shape(network.apply, shapes, jax.ShapeDtypeStruct((2, *size, channels), "float32"))
+    assert logits.shape == (2, 10)
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["params"]))
+    if name.startswith("autoformer"):
+        # The counter is for 1,000 classes.
+        width = int(architecture[1])
+        assert parameters + 990 * (width + 1) == entry.space.cost(architecture).params
