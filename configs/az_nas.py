@@ -163,7 +163,6 @@ def smoke() -> ConfigDict:
     config = with_truth(with_baselines(config, ("params", "naswot")), count=4, epochs=0.1, width=4, cells=1)
     config.ground_truth.picks = ("az_nas", "naswot")
     return config
-    return config
 
 
 def official_sample() -> ConfigDict:
