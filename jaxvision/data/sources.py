@@ -204,22 +204,9 @@ def npz_source(path: str | Path, *, num_classes: int | None = None) -> ArraySour
     Raises:
       DataError: if the file is missing, damaged, or its arrays don't fit.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise DataError(f"{path} doesn't exist; give an npz file with 'image' and 'label'")
-    try:
-        with open(path, "rb") as handle:  # np.load leaves a damaged file that it opened itself open
-            file = np.load(handle, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} is a single array, not an npz; save it with np.savez(image=..., label=...)")
-            found = file.files
-            arrays = {key: file[key] for key in ("image", "label", "class_names") if key in found}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = first_line(error)
-        raise DataError(f"{path} can't be read as an npz of plain arrays ({reason}); write it again") from error
-    missing = [key for key in ("image", "label") if key not in arrays]
-    if missing:
-        raise DataError(f"{path} has no array '{missing[0]}' (it has {', '.join(found) or 'none'}); add it")
+    arrays = read_npz(path, ("image", "label"), ("class_names",))
     names = arrays.get("class_names")
     return ArraySource(
         arrays["image"],
@@ -228,6 +215,35 @@ def npz_source(path: str | Path, *, num_classes: int | None = None) -> ArraySour
         num_classes=num_classes,
         name=str(path),
     )
+
+
+def read_npz(
+    path: str | Path, needed: Sequence[str], optional: Sequence[str] = (), *, advice: str = "write it again"
+) -> dict[str, np.ndarray]:
+    """Arrays of an npz file: the needed ones, and those of the optional ones that it has. Never unpickles.
+
+    Args:
+      path: of the file.
+      needed, optional: names.
+      advice: what to do about a file that can't be used, for the messages.
+
+    Raises:
+      DataError: the file is missing, damaged or no npz, or has not all that is needed.
+    """
+    try:
+        with open(path, "rb") as handle:  # np.load leaves a damaged file that it opened itself open
+            file = np.load(handle, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} is a single array, not an npz with {', '.join(needed)}; {advice}")
+            found = file.files
+            arrays = {key: file[key] for key in (*needed, *optional) if key in found}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = first_line(error)
+        raise DataError(f"{path} can't be read as an npz of plain arrays ({reason}); {advice}") from error
+    missing = [key for key in needed if key not in arrays]
+    if missing:
+        raise DataError(f"{path} has no array '{missing[0]}' (it has {', '.join(found) or 'none'}); {advice}")
+    return arrays
 
 
 def _text(value: str | bytes) -> str:

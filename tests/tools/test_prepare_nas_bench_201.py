@@ -122,7 +122,7 @@ def test_a_table_of_the_wrong_length_or_order_is_refused(records, tmp_path):
         with pytest.raises(DataError, match=match):
             table.read(path)
 
-    says({**arrays, "cifar10_test": arrays["cifar10_test"][:-1]}, "column 'cifar10_test' has 15,624 rows")
+    says({**arrays, "cifar10_test": arrays["cifar10_test"][:-1]}, r"'cifar10_test' is uint16 of shape \(15624,\)")
     says(
         {key: value[::-1] for key, value in arrays.items()},
         "row 1 has 316,346 parameters, architecture 1 has 73,306 .* another order",
@@ -130,9 +130,40 @@ def test_a_table_of_the_wrong_length_or_order_is_refused(records, tmp_path):
     swapped = np.arange(15625)
     swapped[[1, 5]] = 5, 1  # as many parameters, another edge
     says({key: value[swapped] for key, value in arrays.items()}, "row 1 has the operations")
-    says({key: value for key, value in arrays.items() if key != "params"}, "has no column 'params'")
+    says({key: value for key, value in arrays.items() if key != "params"}, "has no array 'params'")
     path.write_bytes(b"no zip")
-    with pytest.raises(DataError, match="is no npz file or is damaged"):
+    with pytest.raises(DataError, match=r"can't be read as an npz of plain arrays .*; make it with"):
         table.read(path)
     with pytest.raises(DataError, match="can't be read"):
         table.read(tmp_path / "nowhere.npz")
+
+
+def test_a_table_of_other_shapes_types_or_units_is_refused(records, tmp_path):
+    arrays, path = table.pack(records, "the release"), tmp_path / "t.npz"
+
+    def says(name, value, match):
+        np.savez(path, **{**arrays, name: value})
+        with pytest.raises(DataError, match=match):
+            table.read(path)
+
+    test = arrays["cifar100_test"]
+    says("cifar100_test", np.int64(3), r"column 'cifar100_test' is int64 of shape \(\), it must be integers \(15625,\)")
+    says("cifar100_test", np.stack([test, test], 1), r"of shape \(15625, 2\)")
+    says("arch_ops", arrays["arch_ops"][:, 0], r"column 'arch_ops' is int8 of shape \(15625,\), .* \(15625, 6\)")
+    says("cifar100_test", np.where(test == test.max(), np.nan, test), "column 'cifar100_test' is float64")
+    says("cifar100_test", test // 100, "column 'cifar100_test' reaches from 10 to 90, it must be .* in hundredths")
+    says("cifar100_test", test.astype(int) - 2000, "reaches from -")
+    np.save(tmp_path / "t.npy", test)
+    with pytest.raises(DataError, match="is a single array, not an npz with arch_ops"):
+        table.read(tmp_path / "t.npy")
+
+
+def test_a_table_with_a_damaged_column_is_refused(records, tmp_path):
+    path = tmp_path / "t.npz"
+    np.savez_compressed(path, **table.pack(records, "the release"))
+    content = bytearray(path.read_bytes())
+    # Behind the header of the first column, arch_ops.
+    content[80:120] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="can't be read as an npz of plain arrays"):
+        table.read(path)

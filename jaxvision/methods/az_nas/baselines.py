@@ -75,13 +75,11 @@ class Proxy:
     finish: Callable[[Any], float] = float
 
 
-def _flow(scaled: tuple[np.ndarray, np.ndarray]) -> float:
-    """``m exp(l)``, inf beyond 1e308."""
+def _log_flow(scaled: tuple[np.ndarray, np.ndarray]) -> float:
+    """``ln(m exp(l))``: the same ranks as ``m exp(l)``, which float64 can't hold beyond 1e308. -inf where nothing
+    flows."""
     value, log_scale = (float(part) for part in scaled)
-    if not value > 0:
-        return value
-    log_value = math.log(value) + log_scale
-    return math.exp(log_value) if log_value < math.log(np.finfo(np.float64).max) else math.inf
+    return math.log(value) + log_scale if value > 0 else -math.inf
 
 
 _PROXIES = (
@@ -89,7 +87,7 @@ _PROXIES = (
     Proxy("flops", NOTHING),
     Proxy("grad_norm", NOISE, measure=gradients.grad_norm),
     Proxy("snip", DATA, measure=gradients.snip),
-    Proxy("synflow", NOISE, measure=gradients.synflow, finish=_flow),
+    Proxy("synflow", NOISE, measure=gradients.synflow, finish=_log_flow),
     Proxy("grasp", DATA, measure=gradients.grasp),
     Proxy("naswot", NOISE, measure=activations.agreement, finish=activations.log_determinant),
     Proxy("zen", NOISE, 2, init="normal", measure=activations.zen),

@@ -1,14 +1,18 @@
 """The parts of a search from its configuration: where candidates come from, what scores them."""
 
-import jax.numpy as jnp
+import os
+
+import jax
 import numpy as np
 
+from jaxvision.core import rng
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine import recipes
-from jaxvision.engine.task import Batch, State
+from jaxvision.engine.task import Batch
 from jaxvision.methods.az_nas import baselines, proposals
 from jaxvision.methods.az_nas import outcome as outcomes
+from jaxvision.methods.az_nas.history import History
 from jaxvision.methods.az_nas.proposals import Budget, Evolution, Given, Proposer, Sampling
 from jaxvision.methods.az_nas.search import Numbers, Scoring, Search, one_by_one
 from jaxvision.methods.az_nas.spaces.catalog import Entry
@@ -29,7 +33,9 @@ def build_search(config: Config, entry: Entry) -> tuple[Search, Numbers]:
     """
     block, space = config.search, entry.space
     proposer, count = _proposer(config, entry)
-    scorings = {outcomes.AZ_NAS: _az_nas(config, entry), **_baselines(config, entry)}
+    # A budget that nothing meets shows before anything is built.
+    proposer.propose(0, History(np.empty((0, *space.shape), np.int32), np.empty((0, 0)), 0, ()))
+    scorings = {outcomes.AZ_NAS: _az_nas(config, entry, proposer), **_baselines(config, entry)}
     columns = tuple(space.proxies)
     columns += tuple(name for key, each in scorings.items() if key != outcomes.AZ_NAS for name in each.columns)
     ranked = tuple(block.rank_by) or tuple(space.proxies)
@@ -51,17 +57,21 @@ def build_search(config: Config, entry: Entry) -> tuple[Search, Numbers]:
         seed=config.seed,
         counted=counted,
         repeats=config.scoring.positive("repeats"),
+        workers=os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1,
     )
-    # A budget that nothing meets shows before anything is compiled.
-    proposer.propose(0, search.history(State(jnp.zeros((), jnp.int32), extra=search.empty()), 0))
     return search, Numbers(count, chunk)
 
 
-def _az_nas(config: Config, entry: Entry) -> Scoring:
+def _az_nas(config: Config, entry: Entry, proposer: Proposer) -> Scoring:
     """Fields: scoring, search.once_per_function."""
     scoring = config.scoring
     resolution, batch_size = scoring.positive("resolution"), scoring.positive("batch_size")
     together = scoring.positive("together", zero=True)
+    if together and not proposer.independent:
+        raise ConfigError(
+            f"config.scoring.together={together}: with config.search.method={config.search.method!r} each candidate "
+            f"depends on the scores before it, so that {together} would be computed for one; use 0"
+        )
     if together and entry.batched is None:
         raise ConfigError(
             f"config.scoring.together={together}: the space {entry.name!r} scores one architecture at a time; use 0"
@@ -84,6 +94,9 @@ def _baselines(config: Config, entry: Entry) -> dict[str, Scoring]:
         return {}
     if entry.network is None:
         raise ConfigError(f"config.baselines: the other proxies are NAS-Bench-201's, not those of {entry.name!r}")
+    for name in block.names:
+        if name not in (*baselines.BASELINES, *outcomes.PAIRS):
+            raise unknown(block.where("names"), name, (*baselines.BASELINES, *outcomes.PAIRS))
     names = [part for name in block.names for part in outcomes.PAIRS.get(name, (name,))]
     data = recipes.build_data(block.data, config.seed, zoo.spec("nas_bench_201"))
     skeleton = Skeleton(num_classes=data.num_classes, channels=data.image_shape[-1], **entry.network)
@@ -118,10 +131,6 @@ def _proposer(config: Config, entry: Entry) -> tuple[Proposer, int]:
         raise ConfigError(f"config.search.count must be above 0 where config.search.method={method!r}")
     if method == "random":
         return Sampling(entry.space, budget, config.seed, tries), count
-    if entry.initial is None:
-        raise ConfigError(
-            f"the space {entry.name!r} has no initial architecture to mutate; use --config.search.method=random"
-        )
     if population <= proposals.WARM_UP:
         raise ConfigError(
             f"config.search.population={population} must be at least {proposals.WARM_UP + 1}: the first "
@@ -132,8 +141,11 @@ def _proposer(config: Config, entry: Entry) -> tuple[Proposer, int]:
             f"config.search.population={population} is more than config.search.count={count}: no parents would ever be "
             "chosen; lower the one or raise the other"
         )
-    parents = population if single else population - 1
-    return Evolution(entry.space, budget, config.seed, tries, entry.initial, parents), count
+    parents, initial = population if single else population - 1, entry.initial
+    if initial is None:
+        draw = rng.generator(config.seed, "az_nas/initial")
+        initial, _ = proposals.within_budget(entry.space, budget, tries, lambda: entry.space.sample(draw))
+    return Evolution(entry.space, budget, config.seed, tries, initial, parents), count
 
 
 def _listed(entry: Entry, method: str, count: int, of: int, seed: int) -> np.ndarray:

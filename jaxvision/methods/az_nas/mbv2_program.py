@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvision.core.errors import ConfigError
-from jaxvision.methods.az_nas import proxies
+from jaxvision.methods.az_nas import nb201_cell, proxies
 from jaxvision.models import mbv2_structure
 from jaxvision.models.mbv2_structure import Unit
 
@@ -38,19 +38,17 @@ def padded(channels: int) -> int:
 @jax.custom_vjp
 def normalise(x: jax.Array) -> jax.Array:
     """Batch normalisation of [B, H, W, C] without scale and shift, by the batch's own biased variance, eps 1e-3."""
-    return _normalise(x)[0]
+    return nb201_cell.normalise(x, EPS).output
 
 
-def _normalise(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    centred = x - jnp.mean(x, (0, 1, 2))
-    rate = jax.lax.rsqrt(jnp.mean(jnp.square(centred), (0, 1, 2)) + EPS)
-    return centred * rate, (centred * rate, rate)
+def _normalise(x: jax.Array) -> tuple[jax.Array, nb201_cell.Residual]:
+    normalised = nb201_cell.normalise(x, EPS)
+    return normalised.output, normalised
 
 
-def _normalise_back(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+def _normalise_back(normalised: nb201_cell.Residual, g: jax.Array) -> tuple[jax.Array]:
     # The output is all that the gradient needs beside the rate, so that one array is kept instead of three.
-    y, rate = saved
-    return (rate * (g - jnp.mean(g, (0, 1, 2)) - y * jnp.mean(g * y, (0, 1, 2))),)
+    return (nb201_cell.normalise_vjp(g, normalised),)
 
 
 normalise.defvjp(_normalise, _normalise_back)
@@ -223,6 +221,13 @@ def _signs(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray
     return 2 * np.unpackbits(words, count=count).view(np.int8).reshape(shape) - 1
 
 
+def check_resolution(blocks: Sequence[mbv2_structure.Block], resolution: int) -> None:
+    """Raises ConfigError for a resolution that the strides don't divide."""
+    stride = mbv2_structure.total_stride(blocks)
+    if resolution % stride:
+        raise ConfigError(f"resolution={resolution} must be a multiple of {stride}, the product of the strides")
+
+
 def score(
     blocks: Sequence[mbv2_structure.Block], generator: np.random.Generator, resolution: int, batch_size: int
 ) -> dict[str, float]:
@@ -231,9 +236,7 @@ def score(
     Raises:
       ConfigError: a resolution that the strides don't divide.
     """
-    stride = mbv2_structure.total_stride(blocks)
-    if resolution % stride:
-        raise ConfigError(f"resolution={resolution} must be a multiple of {stride}, the product of the strides")
+    check_resolution(blocks, resolution)
     bound_programs()
     images = generator.standard_normal((batch_size, resolution, resolution, 3), np.float32)
     scores = measure(mbv2_structure.units(blocks), images, random_draw(generator))

@@ -43,10 +43,10 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     )
 
 
-def normalise(x: jax.Array) -> Residual:
+def normalise(x: jax.Array, eps: float = EPS) -> Residual:
     """Batch normalisation with the batch's mean and biased variance, the variance about the mean."""
     centred = x - jnp.mean(x, (0, 1, 2))
-    rate = lax.rsqrt(jnp.mean(jnp.square(centred), (0, 1, 2)) + EPS)
+    rate = lax.rsqrt(jnp.mean(jnp.square(centred), (0, 1, 2)) + eps)
     return Residual(centred * rate, rate)
 
 
@@ -78,7 +78,7 @@ def _pixels(x: jax.Array) -> jax.Array:
     return box_sum(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
-def _transposed(kernel: jax.Array) -> jax.Array:
+def transposed_kernel(kernel: jax.Array) -> jax.Array:
     """The kernel that a stride-1 convolution's VJP convolves with; explicit, so that XLA takes its fast path."""
     return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
@@ -112,7 +112,7 @@ def switched_vjp(operation: jax.Array, g: jax.Array, x: jax.Array, saved: Residu
     """The gradient of an edge's input for ``g`` of its output."""
 
     def convolution(kernel: jax.Array) -> jax.Array:
-        return _relu_vjp(convolve(normalise_vjp(g, saved), _transposed(kernel)), x)
+        return _relu_vjp(convolve(normalise_vjp(g, saved), transposed_kernel(kernel)), x)
 
     branches = (
         lambda: jnp.zeros_like(x),
@@ -140,7 +140,7 @@ def merged(operation: jax.Array, x: jax.Array, kernel: jax.Array) -> MergedResid
 
 def merged_vjp(operation: jax.Array, g: jax.Array, x: jax.Array, saved: MergedResidual, kernel: jax.Array) -> jax.Array:
     """:func:`switched_vjp` without a conditional."""
-    transposed = _transposed(_merged_kernel(operation, kernel))
+    transposed = transposed_kernel(_merged_kernel(operation, kernel))
     convolution = _relu_vjp(convolve(normalise_vjp(g, saved.convolution), transposed), x)
     convolves, skips, pools = _masks(operation, g.dtype)
     # Exact for an edge that skips: 1 g + 0 h with a finite h.

@@ -14,7 +14,7 @@ SHORT = {"expressivity": "E", "progressivity": "P", "trainability": "T", "comple
 ADDED = ("synflow", "zico")
 """Baselines that the paper adds to the aggregate (its table 5)."""
 PAIRS = {"te_nas": ("te_nas_ntk", "te_nas_regions")}
-"""Baselines of two scores, whose ranks are summed (section 3.5: TE-NAS)."""
+"""Baselines of two scores, whose ranks are summed (Chen et al. 2021, TE-NAS)."""
 
 Scores = Mapping[str, np.ndarray]
 
@@ -67,7 +67,7 @@ class Outcome:
 
     Attributes:
       architectures: int32 [N, *shape].
-      scores: column -> float64 [N], -inf where a proxy had no value.
+      scores: column -> float64 [N], -inf where a proxy had no value, or no finite one.
       missing: column -> how many had none.
       rankings: all that the tables compare, the search's own first.
       ablation: subsets of its proxies.
@@ -113,11 +113,11 @@ def read(architectures: np.ndarray, scores: np.ndarray, columns: Sequence[str], 
 
     Args:
       architectures: int32 [N, *shape].
-      scores: float64 [N, columns], NaN where a proxy had no value.
+      scores: float64 [N, columns], not finite where a proxy had no value.
       columns: names.
       ranked: those that the search ranked by.
     """
-    by_name = dict(zip(columns, np.where(np.isnan(scores), -np.inf, scores).T))
+    by_name = dict(zip(columns, np.where(np.isfinite(scores), scores, -np.inf).T))
     missing = {name: int(np.isneginf(values).sum()) for name, values in by_name.items()}
     return Outcome(architectures, by_name, missing, rankings(columns, ranked), _ablation(ranked))
 

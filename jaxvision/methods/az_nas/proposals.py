@@ -95,14 +95,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evolution:
-    """Mutation without eviction (section 3.4 of the paper's supplement; official ``evolution_search_az``).
+    """Mutation without eviction.
 
     Candidates 0 ... 10 change the initial architecture once. Later ones change ``replacements`` places of a parent,
     drawn uniformly from the best ``parents`` of everything scored so far, ranked anew for each candidate; from
-    everything while that is fewer. A child beyond the budget is thrown away, with its parent drawn again.
+    everything while that is fewer. A child beyond the budget or the space is thrown away, with its parent drawn again.
 
     Ranked by one proxy, this is ZenNAS's loop (a pool from which the worst is dropped): the best ``parents`` of all are
     what its pool holds.
+
+    Source: official code, ``ImageNet_MBV2/evolution_search_az.py``.
 
     Attributes:
       initial: int32 ``space.shape``.
@@ -123,7 +125,7 @@ class Evolution:
         draw = rng.generator(self.seed, "az_nas/candidate", number)
         best = history.best(self.parents) if number >= max(WARM_UP, self.parents) else np.arange(number)
 
-        def child() -> Architecture:
+        def child() -> Architecture | None:
             if number < WARM_UP:
                 return self.space.mutate(self.initial, draw, 1)
             return self.space.mutate(history.architectures[draw.choice(best)], draw, self.replacements)
@@ -132,24 +134,31 @@ class Evolution:
 
 
 def within_budget(
-    space: Space, budget: Budget, tries: int, draw: Callable[[], Architecture]
+    space: Space, budget: Budget, tries: int, draw: Callable[[], Architecture | None]
 ) -> tuple[Architecture, int]:
-    """The first draw within the budget, and how many were not.
+    """The first draw within the space and the budget, and how many were not.
 
     Raises:
-      ConfigError: none of ``tries`` was; says how near they came.
+      ConfigError: none of ``tries`` was; says how near they came. A limit on what the space doesn't count.
     """
     costs = []
     for rejected in range(tries):
         architecture = draw()
+        if architecture is None:
+            continue
         costs.append(space.cost(architecture))
+        if budget.max_layers and not costs[-1].layers:
+            raise ConfigError(
+                f"config.budget.max_layers={budget.max_layers}: the space {space.name!r} counts no layers; use 0"
+            )
         if budget.met(costs[-1]):
             return architecture, rejected
     ranges = ", ".join(
         f"{name} from {min(values):,} to {max(values):,}"
         for name in ("flops", "params", "layers")
-        if max(values := [getattr(cost, name) for cost in costs])
+        if max(values := [getattr(cost, name) for cost in costs], default=0)
     )
     raise ConfigError(
-        f"no architecture within {budget} in {tries:,} tries ({ranges}); widen the budget or raise config.search.tries"
+        f"no architecture within {budget} in {tries:,} tries ({ranges or 'all left the space'}); widen the budget or "
+        "raise config.search.tries"
     )

@@ -11,7 +11,7 @@ class Ranks:
     of four proxies an addition costs about a millisecond.
 
     Args:
-      scores: float64 [m, proxies] of the members so far; NaN ranks last, with -inf.
+      scores: float64 [m, proxies] of the members so far; what isn't finite ranks last.
       capacity: the most members there will be.
     """
 
@@ -39,4 +39,4 @@ class Ranks:
 
 
 def _ranked(scores: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(scores), -np.inf, scores)
+    return np.where(np.isfinite(scores), scores, -np.inf)

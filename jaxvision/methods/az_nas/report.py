@@ -185,7 +185,10 @@ def _cost_table(settings: Settings, results: Results) -> Table:
         values = [row[f"seconds/{name}"] for row in results.timings if f"seconds/{name}" in row]
         median = statistics.median(values[1:] or values)
         rows.append((name, f"{1000 * median:.1f}", f"{settings.chunk * values[0]:.1f}"))
-    caption = "Median of the steps after the first, on whatever else the machine does. The first step compiles."
+    caption = (
+        "Median of the steps after the first, by the clock, on whatever else the machine does; on CPU scorers run side "
+        "by side on its cores. The first step compiles."
+    )
     return Table("Cost", ("scorer", "ms/architecture", f"first {settings.chunk}, s"), rows, caption)
 
 

@@ -5,6 +5,7 @@ random about candidate ``number`` follows from (seed, number) and from the candi
 depend on how many candidates a step takes.
 """
 
+import concurrent.futures
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class Search:
       ranked: those that the search ranks by.
       count: N, how many candidates.
       repeats: scores are means over as many draws of weights, inputs and probes.
+      workers: how many of the scorings run side by side, on threads; the result doesn't depend on it.
       counted: gives the columns that are counted rather than measured, from the architecture alone.
     """
 
@@ -96,6 +98,7 @@ class Search:
     seed: int
     counted: Callable[[Architecture], Mapping[str, float]]
     repeats: int = 1
+    workers: int = 1
 
     def empty(self) -> dict[str, jax.Array]:
         """No candidates."""
@@ -115,10 +118,9 @@ class Search:
             rejected += sum(thrown for _, thrown in proposed)
             architectures = np.stack([architecture for architecture, _ in proposed])
             values = np.full((len(group), len(self.columns)), np.nan)
-            for name, scoring in self.scorings.items():
-                begin = time.monotonic()
-                values[:, self._places(scoring.columns)] = self._score(scoring, architectures, history)
-                seconds[name] += time.monotonic() - begin
+            for name, (found, spent) in self._scored(architectures, history).items():
+                values[:, self._places(self.scorings[name].columns)] = found
+                seconds[name] += spent
             for architecture, row in zip(architectures, values):
                 counted = self.counted(architecture)
                 row[self._places(counted)] = list(counted.values())
@@ -139,6 +141,17 @@ class Search:
 
     def _places(self, names: Iterable[str]) -> list[int]:
         return [self.columns.index(name) for name in names]
+
+    def _scored(self, architectures: np.ndarray, history: History) -> dict[str, tuple[np.ndarray, float]]:
+        """By scoring, the values of the next n candidates and the seconds that they took."""
+
+        def timed(scoring: Scoring) -> tuple[np.ndarray, float]:
+            begin = time.monotonic()
+            return self._score(scoring, architectures, history), time.monotonic() - begin
+
+        # Programs of small images leave cores idle; XLA computes without the interpreter's lock.
+        with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
+            return dict(zip(self.scorings, pool.map(timed, self.scorings.values()), strict=True))
 
     def _score(self, scoring: Scoring, architectures: np.ndarray, history: History) -> np.ndarray:
         """The values [n, scoring.columns] of the next n candidates."""
@@ -177,6 +190,6 @@ class Search:
         new = history.scores[history.count - added : history.count]
         best = int(history.best(1)[0])
         numbers = {"evaluated": history.count, "rejected": rejected, "best": best}
-        # NaN, or -inf where a scorer said so itself: ranked last, and the report counts them.
+        # NaN, or what isn't finite: ranked last, and the report counts them.
         numbers |= {f"no_value/{name}": (~np.isfinite(new[:, i])).sum() for i, name in enumerate(self.columns)}
         return {name: Mean.of(float(value)) for name, value in numbers.items()}

@@ -113,8 +113,7 @@ def _edge_backward(statistics: str, residuals: Any, cotangents: Any):
     def through_norm():
         if statistics == OFF:
             return g
-        axes = tuple(range(g.ndim - 1))
-        return (g - jnp.mean(g, axes) - out * jnp.mean(g * out, axes)) * jax.lax.rsqrt(var + nb201_cell.EPS)
+        return nb201_cell.normalise_vjp(g, nb201_cell.Residual(out, jax.lax.rsqrt(var + nb201_cell.EPS)))
 
     def none():
         return jnp.zeros_like(x), jnp.zeros_like(kernel)
@@ -129,8 +128,7 @@ def _edge_backward(statistics: str, residuals: Any, cotangents: Any):
 
     def conv_3x3():
         inner = through_norm()
-        flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        return convolve(inner, flipped) * (x > 0), _kernel_gradient(jax.nn.relu(x), inner)
+        return convolve(inner, nb201_cell.transposed_kernel(kernel)) * (x > 0), _kernel_gradient(jax.nn.relu(x), inner)
 
     def pool():
         return nb201_cell.pool_vjp(g), jnp.zeros_like(kernel)

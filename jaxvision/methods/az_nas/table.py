@@ -5,7 +5,6 @@
 mean over seeds. ``python -m jaxvision.tools.prepare_data nas_bench_201`` makes it from the benchmark's release.
 """
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxvision.core.errors import DataError
+from jaxvision.data import sources
 from jaxvision.data.prepare_nas_bench_201 import RESULTS, Record
 from jaxvision.models import nas_bench_201
 
@@ -34,19 +34,11 @@ def read(path: str | Path) -> AccuracyTable:
     """The table in a file.
 
     Raises:
-      DataError: it can't be read, a column is missing or of another length, or its rows are in another order.
+      DataError: it can't be read, a column is missing, of another shape or type or no accuracies in hundredths of a
+        percent, or its rows are in another order.
     """
     needed = ("arch_ops", "params", *(f"{name}_test" for name in DATASETS))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in needed if name not in file]
-            arrays = {} if missing else {name: file[name] for name in needed}
-    except OSError as error:
-        raise DataError(f"{path} can't be read ({error.strerror or error}); {_HOW}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise DataError(f"{path} is no npz file or is damaged; {_HOW}") from error
-    if missing:
-        raise DataError(f"{path} has no column '{missing[0]}'; {_HOW}")
+    arrays = sources.read_npz(path, needed, advice=_HOW)
     _check(path, arrays)
     return AccuracyTable({name: arrays[f"{name}_test"] / 100 for name in DATASETS})
 
@@ -54,8 +46,19 @@ def read(path: str | Path) -> AccuracyTable:
 def _check(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     count = nas_bench_201.NUM_ARCHITECTURES
     for name, array in arrays.items():
-        if len(array) != count:
-            raise DataError(f"{path}: column '{name}' has {len(array):,} rows, the benchmark {count:,}; {_HOW}")
+        shape = (count, len(nas_bench_201.EDGES)) if name == "arch_ops" else (count,)
+        if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+            raise DataError(
+                f"{path}: column '{name}' is {array.dtype} of shape {array.shape}, it must be integers {shape}; {_HOW}"
+            )
+    for name in (f"{name}_test" for name in DATASETS):
+        low, high = int(arrays[name].min()), int(arrays[name].max())
+        # Every data set has networks of more than 1 %, even at random.
+        if low < 0 or not 100 < high <= 10_000:
+            raise DataError(
+                f"{path}: column '{name}' reaches from {low:,} to {high:,}, it must be accuracies in hundredths of a "
+                f"percent (9,437 for 94.37 %); {_HOW}"
+            )
     expected = parameters()
     wrong = np.flatnonzero(arrays["params"] != expected)
     if len(wrong):

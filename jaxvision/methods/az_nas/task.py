@@ -29,7 +29,7 @@ def make(config: Config) -> Task:
     Raises:
       ConfigError, DataError: anything in it that can't work, a budget that nothing meets among it.
     """
-    entry = catalog.build(config.space)
+    entry = catalog.build(config.space, config.seed)
     search, numbers = build_search(config, entry)
     path = config.benchmark_table
     if path and not entry.in_benchmark:
@@ -40,7 +40,7 @@ def make(config: Config) -> Task:
     run = Run(
         entry=entry,
         search=search,
-        trained=None if path else trained,
+        trained=trained,
         accuracies=table.read(path) if path else None,
         settings=_report_settings(config, search, numbers),
     )

@@ -83,9 +83,11 @@ class GroundTruth:
 
 
 def build(config: Config, entry: Entry, candidates: int, rankings: Sequence[Ranking]) -> GroundTruth | None:
-    """The truth of a ``ground_truth`` block with the images of ``data``; None where there is no block or no count.
+    """The truth of a ``ground_truth`` block with the images of ``data``; None where there is no block or no count, or
+    where a ``benchmark_table`` takes its place.
 
-    Fields: count, picks (names of rankings), epochs, width, cells, lr, momentum, weight_decay, how.
+    Fields: benchmark_table; of the block count, picks (names of rankings), epochs, width, cells, lr, momentum,
+    weight_decay, how.
 
     Raises:
       ConfigError, DataError: a value that can't work.
@@ -100,9 +102,10 @@ def build(config: Config, entry: Entry, candidates: int, rankings: Sequence[Rank
     skeleton = Skeleton(block.positive("width"), block.positive("cells"), data.num_classes, data.image_shape[-1])
     rates = {name: float(block.positive(name, zero=True)) for name in ("lr", "momentum", "weight_decay")}
     training = Training(skeleton, steps, **rates, how=block.one_of("how", ("map", "vmap")))
-    count, picks = block.positive("count", zero=True), _named(block, rankings)
-    if not count:
+    count, wanted = block.positive("count", zero=True), block.picks
+    if config.benchmark_table or not count:
         return None
+    picks = _named(block.where("picks"), wanted, rankings)
     if not LEAST <= count <= candidates:
         raise ConfigError(
             f"config.ground_truth.count={count} must be from {LEAST} to the {candidates:,} candidates, or 0 for none"
@@ -110,9 +113,9 @@ def build(config: Config, entry: Entry, candidates: int, rankings: Sequence[Rank
     return GroundTruth(training, data, config.data.source, count, picks)
 
 
-def _named(block: Config, rankings: Sequence[Ranking]) -> tuple[Ranking, ...]:
+def _named(key: str, names: Sequence[str], rankings: Sequence[Ranking]) -> tuple[Ranking, ...]:
     known: Mapping[str, Ranking] = {each.name: each for each in rankings}
-    for name in block.picks:
+    for name in names:
         if name not in known:
-            raise unknown(block.where("picks"), name, known)
-    return tuple(known[name] for name in block.picks)
+            raise unknown(key, name, known)
+    return tuple(known[name] for name in names)

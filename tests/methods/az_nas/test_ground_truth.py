@@ -7,8 +7,7 @@ import pytest
 
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError
-from jaxvision.data import builtin
-from jaxvision.methods.az_nas.ground_truth import ARCHITECTURES, Training, noisy_digits
+from jaxvision.methods.az_nas.ground_truth import ARCHITECTURES, Training
 from jaxvision.methods.az_nas.supernet_init import Skeleton
 
 TRAINING = Training(Skeleton(width=4, cells=1, num_classes=3, channels=1), steps=6, lr=0.05)
@@ -97,22 +96,3 @@ def test_learning_rate_ends_at_zero():
 def test_malformed_architectures_are_named():
     with pytest.raises(ConfigError, match=r"\(3, 5\)"):
         TRAINING.init_members(jax.random.key(0), jnp.zeros((3, 5), jnp.int32))
-
-
-def test_noisy_digits_are_disjoint_parts_with_fresh_noise():
-    clean = {split: noisy_digits(split, noise=0, copies=1) for split in ("train", "validation", "test")}
-    images = np.concatenate([source.take(np.arange(len(source)))["image"] for source in clean.values()])
-    everything = builtin.digits("all").take(np.arange(1797))["image"]
-    np.testing.assert_allclose(images, 2 * everything - 1, atol=1e-6)
-    test = builtin.digits("test")
-    np.testing.assert_array_equal(clean["test"].labels, test.labels)
-    noisy = noisy_digits("test", copies=2)
-    assert len(noisy) == 1000
-    first, second = noisy.take(np.arange(500))["image"], noisy.take(np.arange(500, 1000))["image"]
-    difference = (first - second) / 2
-    np.testing.assert_allclose(difference.std(), 0.5 * 2**0.5, rtol=0.02)
-    np.testing.assert_array_equal(noisy_digits("test", copies=2).take(np.arange(500))["image"], first)
-    with pytest.raises(ConfigError, match="val"):
-        noisy_digits("val")
-    with pytest.raises(ConfigError, match="copies=0"):
-        noisy_digits("test", copies=0)

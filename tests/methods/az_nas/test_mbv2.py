@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxvision.core.errors import ConfigError
-from jaxvision.methods.az_nas import mbv2_program
+from jaxvision.methods.az_nas import mbv2_program, proposals
+from jaxvision.methods.az_nas.proposals import Budget
 from jaxvision.methods.az_nas.spaces import mbv2
 from jaxvision.models import mbv2_structure
 from jaxvision.models.mbv2_structure import Block
@@ -106,9 +108,31 @@ def test_depthwise_layers_are_grouped_convolutions_with_their_gradients():
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_a_pull_back_is_its_own_layers_where_shapes_are_those_of_another():
+    """``_pull`` is compiled for the tree of a pull-back: sizes, strides and ReLUs must be part of it."""
+    rng = np.random.default_rng(0)
+    g = rng.standard_normal((2, 4, 4, 8)).astype(np.float32)
+    for kernel_shape in ((3, 3, 1, 8), (1, 1, 8, 8)):
+        kernel = rng.standard_normal(kernel_shape).astype(np.float32)
+        for size, stride, activate in ((7, 2, True), (8, 2, True), (4, 1, True), (4, 1, False)):
+            x = rng.standard_normal((2, size, size, 8)).astype(np.float32)
+            y, pull = mbv2_program._layer(x, kernel, stride=stride, activate=activate)
+
+            @jax.jit
+            def gradient(x, g, kernel=kernel, stride=stride, activate=activate):
+                def plain(x):
+                    y = mbv2_program.convolve(jax.nn.relu(x) if activate else x, kernel, stride)
+                    return jnp.vdot(mbv2_program.normalise(y), g)
+
+                return jax.grad(plain)(x)
+
+            assert y.shape == g.shape
+            np.testing.assert_allclose(mbv2_program._pull(pull, g), gradient(x, g), rtol=1e-4, atol=1e-5)
+
+
 def test_a_score_is_a_function_of_the_key_and_compiles_once_for_its_shapes():
-    space = mbv2.MBV2()
-    score, architecture = space.scorer(16, 4), space.from_string(TINY)
+    space = mbv2.MBV2(start=TINY)
+    score, architecture = space.scorer(16, 4), space.initial
     first = score(architecture, jax.random.key(0))
     assert set(first) == set(space.proxies) and all(np.isfinite(value) for value in first.values())
     assert first["complexity"] == space.cost(architecture).flops
@@ -121,7 +145,9 @@ def test_a_score_is_a_function_of_the_key_and_compiles_once_for_its_shapes():
     mbv2_program.bound_programs(0)
     assert not mbv2_program._layer._cache_size()
     with pytest.raises(ConfigError, match="resolution=18 must be a multiple of 4"):
-        space.scorer(18, 4)(architecture, jax.random.key(0))
+        space.scorer(18, 4)
+    with pytest.raises(ConfigError, match="resolution=100 must be a multiple of 32"):
+        mbv2.MBV2().scorer(100, 4)
 
 
 def test_channel_choices_are_the_official_ones():
@@ -181,3 +207,16 @@ def test_the_space_gives_strings_costs_and_a_network():
     assert space.sample(np.random.default_rng(0)).shape == space.shape
     with pytest.raises(ConfigError, match="33 blocks is longer than the 32"):
         space.from_string("SuperConvK3BNRELU(3,8,2,1)" + 32 * "SuperConvK3BNRELU(8,8,1,1)")
+
+
+def test_a_child_of_more_blocks_than_fit_is_none_and_the_search_draws_again():
+    text = "SuperConvK3BNRELU(3,8,2,1)" + 31 * "SuperResIDWE1K3(8,8,1,8,5)"
+    space, rng = mbv2.MBV2(start=text), np.random.default_rng(0)
+    children = [space.mutate(space.initial, rng, 1) for _ in range(30)]
+    # A block of 6 or 7 layers is split; fewer are not.
+    assert {child is None for child in children} == {True, False}
+    rejected = sum(proposals.within_budget(space, Budget(), 50, lambda: space.sample(rng))[1] for _ in range(5))
+    assert rejected > 0
+    full = mbv2.MBV2(start=text.replace("8,5)", "8,6)", 1))
+    with pytest.raises(ConfigError, match=r"in 3 tries \(all left the space\); widen"):
+        proposals.within_budget(full, Budget(), 3, lambda: full.mutate(full.initial, rng, 0))

@@ -17,7 +17,7 @@ def outcome():
     accuracy = draw.uniform(60, 95, 120)
     scores = accuracy[:, None] + draw.normal(0, (8, 12, 20, 10, 9, 30, 25), (120, 7))
     scores[:5, 0] = np.nan
-    scores[5:7, 2] = -np.inf
+    scores[5:7, 2] = -np.inf, np.inf
     columns = (*PROXIES, "synflow", "te_nas_ntk", "te_nas_regions")
     architectures = draw.integers(0, 5, (120, 6)).astype(np.int32)
     return outcomes.read(architectures, scores, columns, PROXIES), Truth("made", np.arange(120), accuracy, 95, "all")

@@ -1,5 +1,7 @@
 """Searches: ranks that grow are those of the whole, budgets hold, steps of any size give the same population."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +48,8 @@ def fold(search, chunk):
 
 
 def aggregate(scores):
-    """The definition: sum of ln(rank / m), NaN at the bottom."""
-    ranks = rankdata(np.where(np.isnan(scores), -np.inf, scores), axis=0)
+    """The definition: sum of ln(rank / m), what isn't finite at the bottom."""
+    ranks = rankdata(np.where(np.isfinite(scores), scores, -np.inf), axis=0)
     return np.log(ranks / len(scores)).sum(1)
 
 
@@ -56,6 +58,7 @@ def test_growing_ranks_equal_ranks_of_the_whole():
     scores = draw.integers(0, 6, (80, 3)).astype(float)
     scores[draw.random((80, 3)) < 0.1] = -np.inf
     scores[draw.random((80, 3)) < 0.1] = np.nan
+    scores[draw.random((80, 3)) < 0.1] = np.inf
     for start in (0, 1, 40):
         ranks = Ranks(scores[:start], capacity=80)
         for row in scores[start:]:
@@ -88,7 +91,7 @@ def test_the_result_does_not_depend_on_the_size_of_a_step(kind):
 
 
 def test_evolution_takes_parents_from_the_best_of_everything(monkeypatch):
-    """The candidates of a plain loop over the definition, section 3.4."""
+    """The candidates of a plain loop, as in the official ``evolution_search_az.py``."""
     search = make_search(Evolution(SPACE, Budget(max_flops=22), 3, 100, INITIAL, parents=15), 60)
     history, rows = fold(search, 60)
     architectures, rejected = [], 0
@@ -137,6 +140,28 @@ def test_repeats_average_and_functions_are_scored_once():
     assert history.scores[0, 0] == np.mean([scorer(given[0], key)["expressivity"] for key in keys])
     np.testing.assert_array_equal(history.scores[1, :3], history.scores[0, :3])
     assert history.scores[1, 3] == 18 and once.scores[0, 0] != once.scores[1, 0]
+
+
+def test_scorings_run_side_by_side_and_give_the_same():
+    given, meeting = SPACE.sample(rng.generator(0, "test"))[None], threading.Barrier(2, timeout=60)
+
+    def scoring(name, wait):
+        def score(architecture, key):
+            wait()
+            return {name: float(architecture.sum()) + float(jax.random.uniform(key))}
+
+        return Scoring((name,), one_by_one(score))
+
+    def run(workers, wait):
+        scorings = {name: scoring(name, wait) for name in ("zen", "zico")}
+        columns, proposer = ("zen", "zico", "complexity"), Given(given)
+        search = make_search(proposer, 1, scorings=scorings, columns=columns, ranked=columns, workers=workers)
+        history, rows = fold(search, 1)
+        assert min(rows[0]["seconds/zen"], rows[0]["seconds/zico"]) > 0
+        return history.scores
+
+    # Alone, each would wait for the other in vain.
+    np.testing.assert_array_equal(run(2, meeting.wait), run(1, lambda: None))
 
 
 def test_a_budget_that_nothing_meets_is_one_clear_error():

@@ -14,7 +14,10 @@ from jaxvision.engine import loop, parallel, report
 from jaxvision.engine.options import Options
 from jaxvision.engine.progress import Progress
 from jaxvision.main import make_task
+from jaxvision.methods.az_nas import proposals
 from jaxvision.methods.az_nas.spaces import catalog
+from jaxvision.methods.az_nas.spaces.autoformer import AutoFormer, Choices
+from jaxvision.methods.az_nas.spaces.mbv2 import MBV2
 from tests.engine.tiny import StopAt
 from tests.methods.az_nas.digit_space import DigitSpace
 
@@ -32,7 +35,7 @@ ENTRY = catalog.Entry(
 
 @pytest.fixture(autouse=True)
 def digits(monkeypatch):
-    monkeypatch.setitem(catalog.SPACES, "digits", lambda config: (config.options.to_dict(), ENTRY)[1])
+    monkeypatch.setitem(catalog.SPACES, "digits", lambda config, seed: (config.options.to_dict(), ENTRY)[1])
 
 
 def settings(**changes):
@@ -64,11 +67,35 @@ def test_a_search_that_is_stopped_ends_with_the_same_result(search, tmp_path, mo
         with pytest.raises(Preempted):
             run(settings(search=search), tmp_path / "parts")
     monkeypatch.undo()
-    monkeypatch.setitem(catalog.SPACES, "digits", lambda config: (config.options.to_dict(), ENTRY)[1])
+    monkeypatch.setitem(catalog.SPACES, "digits", lambda config, seed: (config.options.to_dict(), ENTRY)[1])
     _, parts = run(settings(search=search), tmp_path / "parts")
     assert parts.rows == whole.rows
     for name in ("population", "scores"):
         np.testing.assert_array_equal(parts.state.extra[name], whole.state.extra[name])
+
+
+@pytest.mark.parametrize("name", ["mbv2", "autoformer_t"])
+def test_a_stopped_search_of_a_real_space_ends_with_the_same_result(name, tmp_path, monkeypatch):
+    """Small structures and images; evolution takes parents from the second candidate on."""
+    choices = Choices(16, (8,), (1, 2), (2.0, 2.5), (1, 2))
+    # Convolutions alone: few shapes to compile.
+    start = "SuperConvK3BNRELU(3,8,2,1)SuperConvK3BNRELU(8,8,1,1)SuperConvK1BNRELU(8,8,1,1)"
+    space = MBV2(start=start) if name == "mbv2" else AutoFormer("t", choices, patch_size=4)
+    initial = space.initial if name == "mbv2" else None
+    entry = catalog.Entry(name, space, "smoke", initial=initial)
+    monkeypatch.setattr(proposals, "WARM_UP", 1)
+    monkeypatch.setitem(catalog.SPACES, "digits", lambda config, seed: (config.options.to_dict(), entry)[1])
+    changes = {"search": {"method": "evolution", "population": 2, "count": 4, "chunk": 1}}
+    _, whole = run(settings(**changes), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Interrupt", lambda: StopAt(2))
+        with pytest.raises(Preempted):
+            run(settings(**changes), tmp_path / "parts")
+    _, parts = run(settings(**changes), tmp_path / "parts")
+    assert len({each.tobytes() for each in np.asarray(whole.state.extra["population"])}) > 1
+    assert np.any(np.asarray(whole.state.extra["scores"]))
+    for key in ("population", "scores"):
+        np.testing.assert_array_equal(parts.state.extra[key], whole.state.extra[key])
 
 
 def test_what_was_found_is_a_configuration_that_trains(tmp_path, monkeypatch):
@@ -105,6 +132,8 @@ def test_what_was_found_is_a_configuration_that_trains(tmp_path, monkeypatch):
         ({"search": {"method": "sample", "count": 31, "sample_of": 30}}, "need count <= sample_of <= 10,000"),
         ({"search": {"method": "all"}}, "count=30, but all architectures are 10,000"),
         ({"search": {"count": 0}}, "config.search.count must be above 0"),
+        ({"scoring": {"together": 4}, "search": EVOLUTION}, "config.search.method='evolution' each candidate depends"),
+        ({"budget": {"max_layers": 3}}, "no architecture within config.budget.max_layers=3 in"),
         ({"search": {"once_per_function": True}}, "can't tell equal functions"),
         ({"scoring": {"together": 4}}, "scores one architecture at a time"),
         ({"budget": {"max_flops": 3, "min_params": 40}}, "no architecture within config.budget.max_flops=3 and"),

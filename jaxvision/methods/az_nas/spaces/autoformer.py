@@ -1,5 +1,6 @@
 """AutoFormer's spaces T, S and B: embedding width, depth, and heads and MLP ratio of each block."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from jaxvision.core import rng
 from jaxvision.core.errors import ConfigError
 from jaxvision.methods.az_nas import autoformer_program
 from jaxvision.methods.az_nas.spaces.space import Architecture, Cost, Scores
@@ -50,7 +52,7 @@ class AutoFormer:
       choices: None: those of ``size``.
       patch_size: pixels a side.
       supernet_seed: of the weights. All candidates are slices of one supernet; the key of a score draws its images and
-        probes.
+        probes. (In configurations -1 stands for the run's.)
     """
 
     size: str = "t"
@@ -149,9 +151,9 @@ class AutoFormer:
         return self._encode(found.depth, found.embed_dim, heads, ratios)
 
     def cost(self, architecture: Architecture) -> Cost:
-        """Multiply-adds and parameters at 224x224 with 1000 classes, whatever the scoring uses."""
+        """Multiply-adds and parameters at 224x224 with 1000 classes, whatever the scoring uses; blocks as layers."""
         found = self.decode(architecture)
-        return Cost(autoformer_architecture.flops(found), autoformer_architecture.num_params(found))
+        return Cost(autoformer_architecture.flops(found), autoformer_architecture.num_params(found), found.depth)
 
     def scorer(self, resolution: int = 224, batch_size: int = 64) -> Callable[[Architecture, jax.Array], Scores]:
         """``(architecture, key) -> {expressivity, trainability, complexity}``; one program for each width.
@@ -161,23 +163,27 @@ class AutoFormer:
         """
         if resolution < self.patch_size or resolution % self.patch_size:
             raise ConfigError(f"resolution={resolution} must be a multiple of the patch size, {self.patch_size}")
-        choices = self.choices
-        supernet = autoformer_program.init(
-            jax.random.key(self.supernet_seed),
-            choices.super_width,
-            max(choices.heads),
-            int(choices.super_width * max(choices.ratios)),
-            self.max_depth,
-            (resolution // self.patch_size) ** 2,
-            self.patch_size,
-        )
+
+        @functools.cache
+        def supernet() -> autoformer_program.Supernet:
+            # With the first score: a search that is only described allocates nothing.
+            choices = self.choices
+            return autoformer_program.init(
+                rng.key(self.supernet_seed, "az_nas/supernet"),
+                choices.super_width,
+                max(choices.heads),
+                int(choices.super_width * max(choices.ratios)),
+                self.max_depth,
+                (resolution // self.patch_size) ** 2,
+                self.patch_size,
+            )
 
         def score(architecture: Architecture, key: jax.Array) -> Scores:
             depth, width, heads, ratios = self._fields(architecture)
             # int(E ratio), as the network rounds it.
             hidden = (width * ratios // 2).astype(np.int32)
             scores = autoformer_program.score(
-                supernet, np.int32(depth), heads, hidden, key,
+                supernet(), np.int32(depth), heads, hidden, key,
                 width=width, batch_size=batch_size, resolution=resolution,
             )  # fmt: skip
             values = {name: float(value) for name, value in jax.device_get(scores).items()}

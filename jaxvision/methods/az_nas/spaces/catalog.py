@@ -1,7 +1,7 @@
 """The search spaces by name, and what the search may ask of each beyond :class:`Space`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class Entry:
       name: in ``config.space.name``.
       space: the space.
       preset: of ``configs/classification.py``, with which what was found trains.
-      initial: where evolution starts; None: it can't.
+      initial: where evolution starts; None: at a random architecture within the budget.
       size: how many architectures there are, where they can be numbered; else 0.
       at, number: the architecture of a number below ``size``, and its inverse.
       canonical: the architecture that stands for all that compute the same function.
@@ -46,7 +46,8 @@ class Entry:
     batched: Callable[[int, int, int], Scorer] | None = None
 
 
-def _nas_bench_201(config: Config) -> Entry:
+def _nas_bench_201(config: Config, seed: int) -> Entry:
+    del seed
     space = _made(NasBench201Space, config)
     return Entry(
         config.name,
@@ -63,41 +64,50 @@ def _nas_bench_201(config: Config) -> Entry:
     )
 
 
-def _mbv2(config: Config) -> Entry:
+def _mbv2(config: Config, seed: int) -> Entry:
+    del seed
     space = _made(MBV2, config)
     return Entry(config.name, space, preset="imagenet_mbv2_searched", initial=space.initial)
 
 
-def _autoformer(config: Config) -> Entry:
+def _autoformer(config: Config, seed: int) -> Entry:
     space = _made(AutoFormer, config, size=config.name[-1])
-    return Entry(config.name, space, preset="imagenet_autoformer", initial=space.sample(np.random.default_rng(0)))
+    if space.supernet_seed < 0:
+        space = replace(space, supernet_seed=seed)
+    return Entry(config.name, space, preset="imagenet_autoformer")
 
 
 def _made(space: type, config: Config, **given: Any) -> Any:
     """The space with the options of the configuration, which must be fields of its class."""
-    options, known = config.options.to_dict(), {field.name for field in fields(space) if field.init} - given.keys()
-    for name in options:
+    options, known = config.options, {field.name for field in fields(space) if field.init} - given.keys()
+    for name, value in options.to_dict().items():
         if name not in known:
-            raise unknown(f"{config.where('options')}", name, known)
-    return space(**given, **options)
+            raise unknown(config.where("options"), name, known)
+        if isinstance(value, int) and not isinstance(value, bool) and name != "supernet_seed":
+            options.positive(name)
+    return space(**given, **options.to_dict())
 
 
-SPACES: dict[str, Callable[[Config], Entry]] = {
+SPACES: dict[str, Callable[[Config, int], Entry]] = {
     "nas_bench_201": _nas_bench_201,
     "mbv2": _mbv2,
     **dict.fromkeys(("autoformer_t", "autoformer_s", "autoformer_b"), _autoformer),
 }
-"""Name -> function that reads the ``config.space`` block."""
+"""Name -> function of the ``config.space`` block and the run's seed."""
 
 
-def build(config: Config) -> Entry:
+def build(config: Config, seed: int = 0) -> Entry:
     """The space of a ``space`` block.
 
     Fields: name; options, a block of the space's own settings.
 
+    Args:
+      config: the block.
+      seed: of the run; AutoFormer's supernet has it, unless the option ``supernet_seed`` says another.
+
     Raises:
-      ConfigError: an unknown name or option.
+      ConfigError: an unknown name or option, or a value that can't work.
     """
     if config.name not in SPACES:
         raise unknown(config.where("name"), config.name, SPACES)
-    return SPACES[config.name](config)
+    return SPACES[config.name](config, seed)

@@ -59,11 +59,13 @@ class MBV2:
     """Structures int32 [32, 7]: a row a block (the fields of :class:`Block` in their order), zeros behind the last.
 
     Attributes:
+      start: the structure from which a search makes its first candidates; the official one.
       uniform_types: draw (expansion, kernel) uniformly instead of with the official code's unequal probabilities,
         which favour small kernels 3 to 1.
       cost_resolution, num_classes: of the counters; budgets are for 224 and ImageNet, whatever the scoring uses.
     """
 
+    start: str = mbv2_structure.INITIAL
     uniform_types: bool = False
     cost_resolution: int = 224
     num_classes: int = 1000
@@ -74,18 +76,21 @@ class MBV2:
 
     @property
     def initial(self) -> Architecture:
-        """The structure from which the official search makes its first candidates."""
-        return self.from_string(mbv2_structure.INITIAL)
+        """``start``, encoded."""
+        return self.from_string(self.start)
 
-    def sample(self, generator: np.random.Generator) -> Architecture:
+    def sample(self, generator: np.random.Generator) -> Architecture | None:
         """The initial structure with one block changed: the space has no other distribution to draw from."""
         return self.mutate(self.initial, generator, 1)
 
-    def mutate(self, architecture: Architecture, generator: np.random.Generator, replacements: int) -> Architecture:
+    def mutate(
+        self, architecture: Architecture, generator: np.random.Generator, replacements: int
+    ) -> Architecture | None:
         """A copy with up to ``replacements`` blocks changed (a block drawn twice counts, but changes once).
 
         A residual block gets a new type, width, number of layers and bottleneck at once, the stem a new width; the 1x1
-        convolution at the end stays. Strides never change. Blocks of 6 and more layers are split afterwards.
+        convolution at the end stays. Strides never change. Blocks of 6 and more layers are split afterwards; None where
+        that makes more than 32 blocks.
 
         Source: official code, ``get_new_random_structure_str``.
         """
@@ -97,7 +102,8 @@ class MBV2:
                 blocks[index] = self._changed(blocks[index], generator)
                 drawn.add(index)
         # The official code splits once more when it reads the structure back.
-        return self._encode(split(split(_chained(blocks))))
+        blocks = split(split(_chained(blocks)))
+        return self._encode(blocks) if len(blocks) <= MAX_BLOCKS else None
 
     def _changed(self, block: Block, generator: np.random.Generator) -> Block:
         if not block.expansion:
@@ -150,7 +156,12 @@ class MBV2:
         )
 
     def scorer(self, resolution: int = 224, batch_size: int = 64) -> Callable[[Architecture, jax.Array], Scores]:
-        """``(architecture, key) -> {expressivity, progressivity, trainability, complexity}``; see ``mbv2_program``."""
+        """``(architecture, key) -> {expressivity, progressivity, trainability, complexity}``; see ``mbv2_program``.
+
+        Raises:
+          ConfigError: a resolution that the strides don't divide; mutation keeps those of ``start``.
+        """
+        mbv2_program.check_resolution(self.decode(self.initial), resolution)
 
         def score(architecture: Architecture, key: jax.Array) -> Scores:
             generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))

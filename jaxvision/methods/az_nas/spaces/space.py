@@ -12,7 +12,8 @@ import numpy as np
 
 Architecture = np.ndarray
 Scores = Mapping[str, float]
-"""Proxy name -> value; larger is better. NaN where a proxy has no value: the search ranks it last and counts it."""
+"""Proxy name -> value; larger is better. NaN where a proxy has no value: the search ranks it last and counts it, like
+anything that isn't finite."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Cost:
     Attributes:
       flops: multiply-adds of one image; the complexity proxy.
       params: trainable parameters.
-      layers: as the budget of the space counts them; 0 where it has none.
+      layers: as the budget of the space counts them; 0 where it counts none.
     """
 
     flops: int
@@ -43,12 +44,14 @@ class Space(Protocol):
     shape: tuple[int, ...]
     proxies: tuple[str, ...]
 
-    def sample(self, generator: np.random.Generator) -> Architecture:
-        """A random architecture, int32 ``shape``; budgets are the search's affair."""
+    def sample(self, generator: np.random.Generator) -> Architecture | None:
+        """A random architecture, int32 ``shape``, or None as of :meth:`mutate`; budgets are the search's affair."""
         ...
 
-    def mutate(self, architecture: Architecture, generator: np.random.Generator, replacements: int) -> Architecture:
-        """A changed copy."""
+    def mutate(
+        self, architecture: Architecture, generator: np.random.Generator, replacements: int
+    ) -> Architecture | None:
+        """A changed copy; None where the change leads out of the space, for the search to draw again."""
         ...
 
     def to_string(self, architecture: Architecture) -> str:
