@@ -78,6 +78,7 @@ def make(config: Config) -> Task:
         choices.first_last,
         model,
     )
+    networks.check_scales(built, model)
     data_shape = (data.train.batch_size // optimizers.accumulate, *data.image_shape)
     trained = [data.train.with_seed(seed) for seed in choices.seeds]
     first = functools.cache(functools.partial(_first_batch, trained, choices.start_images))
@@ -102,7 +103,6 @@ def make(config: Config) -> Task:
         return state.replace(extra={arms.START: {**state.extra[arms.START], MEMBER: member}})
 
     def load(state: State) -> State:
-        networks.check_scales(built, model)
         return arms.load_start(load_one, state)
 
     def load_one(start: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +200,7 @@ def _arm(
         grid,
         {"schedule": optimizers.shape},
         separate=("loss", "gamma/"),
+        check=trainer.check,
     )
     return arm, trainer
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxvision.core import trees
+from jaxvision.core.errors import ConfigError
 from jaxvision.engine import arms, supervised
 from jaxvision.engine.task import Batch, Metrics, State
 from jaxvision.losses.classification import softmax_cross_entropy
@@ -98,6 +99,18 @@ class Trainer:
             extra=extra,
         )
         return state.replace(opt_state=self.transform(state).init(state.params))
+
+    def check(self, state: State) -> None:
+        """Raises ConfigError where a quantizer of a member can't start from what the first batch gave it."""
+        if not isinstance(self.network, QuantizedNetwork):
+            return
+        try:
+            self.network.check_fitted(state.params)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the first batch starts no network: {error}; leave the layer in config.quantization.float_layers, or "
+                "look at config.model.init_from, config.data and config.interval.start_images"
+            ) from error
 
     def _filled(self, variables: Any, setting: Mapping[str, jax.Array]) -> Any:
         """The quantized network's variables with the float one's values; gamma 1, widths of rules and setting."""

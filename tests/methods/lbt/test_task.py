@@ -90,18 +90,28 @@ def test_a_constant_kernel_of_a_weights_file_is_named(tmp_path):
     model = config_file.get_config("smoke").model
     module = zoo.build(model.name, num_classes=10, **model.settings)
     variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
-    made = []
-    for name in ("good.safetensors", "bad.safetensors"):
-        weight_file.save_variables(tmp_path / name, variables, {"model": model.name, "num_classes": 10})
-        made.append(task.make(changed(**SMALL, model__init_from=str(tmp_path / name), arms=("lbt",))))
-        variables["params"]["conv3"]["kernel"] *= 0
-    shapes = jax.eval_shape(made[0].init, jax.random.key(0))
+    path = tmp_path / "weights.safetensors"
+
+    def make():
+        weight_file.save_variables(path, variables, {"model": model.name, "num_classes": 10})
+        return task.make(changed(**SMALL, model__init_from=str(path), arms=("lbt",)))
+
+    made = make()
+    shapes = jax.eval_shape(made.init, jax.random.key(0))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    start = made[0].load(empty).extra[arms.START]
+    start = made.load(empty).extra[arms.START]
     kernel = trees.named_leaves(variables)["params/conv2/kernel"]
     np.testing.assert_array_equal(start["params"]["conv2"]["kernel"], np.asarray(kernel)[None])
+    variables["params"]["conv3"]["kernel"] *= 0
     with pytest.raises(ConfigError, match=r"all values of conv3/kernel are equal, .* scale 0"):
-        made[1].load(empty)
+        make()
+    # Batch norm without a scale, then ReLU: the next layer has no input to fit an interval to.
+    variables["params"]["conv3"]["kernel"] += np.float32(0.1) * np.arange(4, dtype=np.float32)
+    variables["params"]["bn2"] = jax.tree.map(lambda leaf: 0 * leaf, variables["params"]["bn2"])
+    options = Options.read(changed())
+    with pytest.raises(ConfigError, match=r"the input of conv3/kernel can't be quantized: LBTActivation.scale=0 must"):
+        loop.run(make(), options, tmp_path / "run", parallel.create("jit"), Progress(False))
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_infinite_gradients_stop_the_run_and_names_the_leaf(tmp_path):
