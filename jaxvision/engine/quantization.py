@@ -5,11 +5,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxvision.core import name_rules
+import jax
+
+from jaxvision.core import name_rules, struct
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recipe, Rule, kernel_names
+from jaxvision.quant.binary import BinaryWeight
 from jaxvision.quant.families import FAMILIES, Family
+from jaxvision.quant.lsq import LSQ
+from jaxvision.quant.pact import PACT
+from jaxvision.quant.trainable import three_deviations
 
 FLOAT_BITS = 32
 """This width stands for float, as in the official codes."""
@@ -86,11 +92,30 @@ def bit_rules(config: Config) -> tuple[tuple[str, tuple[Any, Any, Any]], ...]:
     return tuple((pattern, tuple(widths)) for pattern, widths in values)
 
 
+@struct.dataclass
+class OneBitPACT(PACT):
+    """PACT that starts at 3 std(x) / sqrt(1 - 2 / pi), as TRS: at one bit nothing but the maximum passes half of it."""
+
+    @classmethod
+    def fit(cls, x: jax.Array, bits: Any) -> "OneBitPACT":
+        """The quantizer with that start value."""
+        return cls(three_deviations(x, half_normal=True), bits).check_width()
+
+
 def _layer(family: Family, bits: Sequence[Any], signed: bool, options: dict[str, Any]) -> LayerQuant:
+    """A layer; LSQ and PACT, whose papers begin at two bits, have a substitute at one.
+
+    LSQ's weights are mean|w| sign(w) of each channel there, as LSQ has no two codes for them; PACT starts elsewhere.
+    """
     settings = {**family.activation_settings, **({"signed": True} if signed else {})}
+    weight, activation = Recipe(family.weight, dict(family.weight_settings)), Recipe(family.activation, settings)
+    if bits[0] == 1 and family.weight is LSQ:
+        weight = Recipe(BinaryWeight)
+    if bits[1] == 1 and family.activation is PACT:
+        activation = Recipe(OneBitPACT)
     return LayerQuant(
-        Recipe(family.weight, dict(family.weight_settings)),
-        Recipe(family.activation, settings),
+        weight,
+        activation,
         Bits(*(None if width == FLOAT_BITS else width for width in bits)),
         **options,
     )

@@ -112,6 +112,11 @@ class Trainer:
                 "look at config.model.init_from, config.data and config.interval.start_images"
             ) from error
 
+    def keep(self, state: State) -> dict[str, Any]:
+        """The quantized network's variables without the state of its gradients' quantizers."""
+        variables = supervised.variables(state)
+        return {name: tree for name, tree in variables.items() if name not in (INTERVAL, BITS)}
+
     def _filled(self, variables: Any, setting: Mapping[str, jax.Array]) -> Any:
         """The quantized network's variables with the float one's values; gamma 1, widths of rules and setting."""
         shapes = jax.eval_shape(self.network.init, jax.eval_shape(lambda: jax.random.key(0)), self.image)
@@ -156,13 +161,14 @@ class Trainer:
     def _scales(self) -> frozenset[str]:
         if not isinstance(self.network, QuantizedNetwork):
             return frozenset()
-        return frozenset(
+        layers = [rule.layer for rule in self.network.rules if rule.layer is not None]
+        fields = {
             f"{role}_{field}"
-            for rule in self.network.rules
-            if rule.layer is not None
-            for role, recipe in (("kernel", rule.layer.weight), ("input", rule.layer.input))
+            for layer in layers
+            for role, recipe in (("kernel", layer.weight), ("input", layer.input))
             for field in (recipe.kind.LEARNED if recipe is not None else ())
-        )
+        }
+        return frozenset(fields | {"output_scale" for layer in layers if layer.output_scale})
 
     def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         """One training step of a member; a search, where one is due, comes first."""

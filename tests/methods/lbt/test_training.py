@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from jaxvision.core import trees
 from jaxvision.engine import arms
+from jaxvision.engine.task import State
 from jaxvision.methods.lbt import control
 from jaxvision.methods.lbt.training import DISTANCE, MEMBER, Optimizers, Trainer
 from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
@@ -126,6 +127,18 @@ def test_intervals_have_an_optimizer_of_their_own():
                 assert change == pytest.approx(1e-3, rel=1e-2)
             else:
                 assert (change > 0) == (rate > 0), name
+
+
+def test_a_learned_output_scale_is_trained_as_the_intervals_are():
+    family = FAMILIES["ewgs"]
+    layer = LayerQuant(Recipe(family.weight), Recipe(family.activation), Bits(4, 4, 4), output_scale=True)
+    trained = trainer(LBT.control, QuantizedNetwork(Network(), (Rule("^(one|two)/", layer),)))
+    params = {"one": {"kernel": jnp.ones(2), "output_scale": jnp.ones(())}}
+    state = State(jnp.int32(0), params, extra={arms.SETTING: {"lr": jnp.float32(0)}})
+    transform = trained.transform(state)
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert float(updates["one"]["output_scale"]) == pytest.approx(-1e-3, rel=1e-3)
+    np.testing.assert_array_equal(updates["one"]["kernel"], 0)
 
 
 def test_searches_happen_when_they_are_due_on_the_batch_of_that_step():
