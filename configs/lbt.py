@@ -32,9 +32,9 @@ Fields beside those of ``configs/common.py``:
                    chosen rate, as quantized.safetensors (for jaxvision.tools.export) and integers.safetensors
     how            trainings of an arm: map, one after the other; vmap, at once; unroll, written out (engine/seeds.py);
                    call, one program called for each member (one device)
-    quantization   of ``engine/quantization.py``; downsampling convolutions stay float with
-                   --config.quantization.float_layers="('downsample',)", integers compute with
-                   --config.quantization.execution=int
+    quantization   of ``engine/quantization.py`` (noise_bits for all arms, exponent for piecewise); downsampling
+                   convolutions stay float with --config.quantization.float_layers="('downsample',)", integers compute
+                   with --config.quantization.execution=int
 """
 
 from ml_collections import ConfigDict

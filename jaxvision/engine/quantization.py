@@ -25,9 +25,11 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
     """The quantized form of ``module`` under a ``quantization`` block.
 
     Fields: family (a name of ``quant.families``), weight_bits, input_bits, gradient_bits (32: float), gradient (kind
-    of the gradient quantizer), execution ("fake" or "int"), output_scale (None: as the family needs it), float_layers
-    (regexes of the kernels left in float), bit_rules (see :func:`bit_rules`), signed_inputs (regexes of kernels whose
-    input can be negative). A layer that a bit rule gives a float operand computes in float under "int" as well.
+    of the gradient quantizer), noise_bits (32 or 8, of the random numbers that round gradients), exponent (of the kind
+    "piecewise": its narrow interval is 2^-(exponent + 4) of the wide one), execution ("fake" or "int"), output_scale
+    (None: as the family needs it), float_layers (regexes of the kernels left in float), bit_rules (see
+    :func:`bit_rules`), signed_inputs (regexes of kernels whose input can be negative). A layer that a bit rule gives a
+    float operand computes in float under "int" as well.
 
     Args:
       config: the block.
@@ -44,6 +46,8 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
     family, scaled = FAMILIES[name], config.output_scale
     options = {
         "gradient": config.gradient,
+        "noise_bits": config.noise_bits,
+        "exponent": config.exponent,
         "execution": config.execution,
         "output_scale": family.output_scale if scaled is None else scaled,
         "needs_norm": family.needs_norm,

@@ -1,5 +1,7 @@
 """Quantized networks: names, rules, start values, widths as data, gradients, and the two executions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -518,6 +520,22 @@ def test_every_network_trains_quantized_as_it_is(case, execution):
 
 def shapes_of(module, image):
     return jax.eval_shape(module.init, jax.eval_shape(lambda: jax.random.key(0)), image)["params"]
+
+
+@pytest.mark.parametrize("execution", ["fake", "int"])
+def test_the_noise_and_the_narrow_interval_of_a_rule_reach_the_gradient(execution):
+    """Other numbers are another program, the same ones the same."""
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+    def program(noise_bits, exponent):
+        options = {"gradient": "piecewise", "noise_bits": noise_bits, "exponent": exponent, "execution": execution}
+        network = QuantizedNetwork(Plain(), (Rule("kernel$", layer("lbt", Bits(4, 4, 4), **options)),))
+        variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+        text = str(jax.make_jaxpr(lambda v, x: gradients_of(network, v, x))(variables, image))
+        return re.sub("0x[0-9a-f]+", "", text)
+
+    assert program(32, 0) == program(32, 0)
+    assert len({program(32, 0), program(8, 0), program(32, 2)}) == 3
 
 
 @pytest.mark.parametrize("case", ["autoformer", "mobilenet"])

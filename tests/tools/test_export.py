@@ -15,6 +15,7 @@ from jaxvision.tools import export
 SETTINGS = {"depth": 8, "width_multiplier": 0.25}
 QUANTIZATION = {
     "family": "trs", "weight_bits": 2, "input_bits": 2, "gradient_bits": 32, "gradient": "uniform",
+    "noise_bits": 32, "exponent": 0,
     "execution": "fake", "output_scale": None, "float_layers": ["^conv1/", "^linear/"], "signed_inputs": [],
     "bit_rules": [],
 }  # fmt: skip

@@ -222,7 +222,8 @@ class Trainer:
         gradients = self.gradients(supervised.variables(state), batch, jax.random.key(0))
         widths = control_lib.gradient_widths(state.model_state[BITS])
         for name, gamma in control_lib.gammas(state.model_state[INTERVAL]).items():
-            errors = interval.gradient_errors(gradients[name], gamma, widths[name], self.large, self.control.kind)
+            options = {"kind": self.control.kind, "exponent": self.network.find(name).exponent}
+            errors = interval.gradient_errors(gradients[name], gamma, widths[name], self.large, **options)
             values = {"gamma": gamma, "ratio": errors.clip_ratio, "error": errors.all_mean}
             for key, value in {**values, "large_error": errors.large_mean}.items():
                 found[f"{key}/{layer_of(name)}"] = Mean.of(value)

@@ -159,6 +159,27 @@ def test_searches_happen_when_they_are_due_on_the_batch_of_that_step():
     assert state.extra[DISTANCE]["two/kernel"] == pytest.approx(float(distance), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("how", "kind", "gamma"), [(control.fixed((0.6,)), "uniform", 0.6), (control.piecewise(), "piecewise", 1.0)]
+)
+def test_constant_gammas_stay_while_the_weights_move(how, kind, gamma):
+    trained = trainer(how, quantized(kind))
+    state = begin(trained, gamma=0.6)
+    new, metrics = jax.jit(trained.step)(state, batch(), jax.random.key(0))
+    assert gammas(state) == gammas(new) == pytest.approx({"one/kernel": gamma, "two/kernel": gamma})
+    assert not np.array_equal(new.params["two"]["kernel"], state.params["two"]["kernel"])
+    assert set(metrics) == {"loss", "grad_norm"}  # gamma is logged only where it moves
+
+
+def test_the_whole_error_is_least_at_the_start():
+    state = begin(trainer(control.whole_error(2, 10)))
+    gradients = program(DSGC, "gradients")({"params": state.params, **state.model_state}, batch(), jax.random.key(1))
+    gamma, _ = interval.least(
+        interval.squared_error, gradients["two/kernel"], 4, np.linspace(0.05, 1, 10, dtype=np.float32)
+    )
+    assert gammas(state)["two/kernel"] == pytest.approx(float(gamma))
+
+
 def test_dsgcs_factor_slows_the_quantized_kernels_only():
     step, changes = program(DSGC, "step"), []
     for used in (0, 1):
