@@ -150,6 +150,8 @@ def quantization(family: str, weight_bits: int, input_bits: int, **changes) -> C
         "input_bits": input_bits,
         "gradient_bits": 32,
         "gradient": "uniform",
+        "noise_bits": 32,
+        "exponent": 0,
         "execution": "fake",
         "output_scale": placeholder(bool),
         "float_layers": (),

@@ -71,6 +71,7 @@ class Arm:
         the others are means over the members.
       keep: ``state -> tree`` of a finished member, for the report; see :func:`kept`.
       pretrains: the arms after this one start from what it trained. It has no grid.
+      check: host function of a member's state as ``begin`` made it; raises where its values can't work.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Arm:
     separate: tuple[str, ...] = ()
     keep: Callable[[State], Any] | None = None
     pretrains: bool = False
+    check: Callable[[State], None] | None = None
 
     def members(self, seeds: Sequence[int]) -> tuple[Member, ...]:
         """All trainings: for each setting every seed."""
@@ -173,12 +175,18 @@ def stage(
             f"{name}_{index}": seed_axis.member(each[name], index) for name in each for index in range(len(members))
         }
 
+    def check(state: State) -> None:
+        state = jax.device_get(_split(state)[0].replace(step=None))
+        for index in range(len(members)):
+            arm.check(seed_axis.member(state, index))
+
     return Stage(
         arm.name,
         arm.steps,
         seed_axis.SeedBatches(data),
         step,
         begin=begin,
+        check=None if arm.check is None else check,
         evals={name: Eval(batches, evaluate, every) for name, batches in evals.items()},
         compiled=how != "call",
         traceable=True,

@@ -138,6 +138,8 @@ class _Run:
                 if stage.begin is not None:
                     key = stage.key(self.options.seed, "begin")
                     state = self.parallel.initialize(stage.begin, self.parallel.single(state), key)
+                if stage.check is not None:
+                    stage.check(self.parallel.single(state))
                 sums = self.parallel.replicate(zero_sums(self.plan.sums[index]))
             self.progress.stage(stage.name, step - first, stage.steps)
             fold = self._fold_compiled if stage.compiled else self._fold_python

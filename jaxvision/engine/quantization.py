@@ -5,11 +5,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxvision.core import name_rules
+import jax
+
+from jaxvision.core import name_rules, struct
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recipe, Rule, kernel_names
+from jaxvision.quant.binary import BinaryWeight
 from jaxvision.quant.families import FAMILIES, Family
+from jaxvision.quant.lsq import LSQ
+from jaxvision.quant.pact import PACT
+from jaxvision.quant.trainable import three_deviations
 
 FLOAT_BITS = 32
 """This width stands for float, as in the official codes."""
@@ -19,9 +25,11 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
     """The quantized form of ``module`` under a ``quantization`` block.
 
     Fields: family (a name of ``quant.families``), weight_bits, input_bits, gradient_bits (32: float), gradient (kind
-    of the gradient quantizer), execution ("fake" or "int"), output_scale (None: as the family needs it), float_layers
-    (regexes of the kernels left in float), bit_rules (see :func:`bit_rules`), signed_inputs (regexes of kernels whose
-    input can be negative). A layer that a bit rule gives a float operand computes in float under "int" as well.
+    of the gradient quantizer), noise_bits (32 or 8, of the random numbers that round gradients), exponent (of the kind
+    "piecewise": its narrow interval is 2^-(exponent + 4) of the wide one), execution ("fake" or "int"), output_scale
+    (None: as the family needs it), float_layers (regexes of the kernels left in float), bit_rules (see
+    :func:`bit_rules`), signed_inputs (regexes of kernels whose input can be negative). A layer that a bit rule gives a
+    float operand computes in float under "int" as well.
 
     Args:
       config: the block.
@@ -38,6 +46,8 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
     family, scaled = FAMILIES[name], config.output_scale
     options = {
         "gradient": config.gradient,
+        "noise_bits": config.noise_bits,
+        "exponent": config.exponent,
         "execution": config.execution,
         "output_scale": family.output_scale if scaled is None else scaled,
         "needs_norm": family.needs_norm,
@@ -86,11 +96,30 @@ def bit_rules(config: Config) -> tuple[tuple[str, tuple[Any, Any, Any]], ...]:
     return tuple((pattern, tuple(widths)) for pattern, widths in values)
 
 
+@struct.dataclass
+class OneBitPACT(PACT):
+    """PACT that starts at 3 std(x) / sqrt(1 - 2 / pi), as TRS: at one bit nothing but the maximum passes half of it."""
+
+    @classmethod
+    def fit(cls, x: jax.Array, bits: Any) -> "OneBitPACT":
+        """The quantizer with that start value."""
+        return cls(three_deviations(x, half_normal=True), bits).check_width()
+
+
 def _layer(family: Family, bits: Sequence[Any], signed: bool, options: dict[str, Any]) -> LayerQuant:
+    """A layer; LSQ and PACT, whose papers begin at two bits, have a substitute at one.
+
+    LSQ's weights are mean|w| sign(w) of each channel there, as LSQ has no two codes for them; PACT starts elsewhere.
+    """
     settings = {**family.activation_settings, **({"signed": True} if signed else {})}
+    weight, activation = Recipe(family.weight, dict(family.weight_settings)), Recipe(family.activation, settings)
+    if bits[0] == 1 and family.weight is LSQ:
+        weight = Recipe(BinaryWeight)
+    if bits[1] == 1 and family.activation is PACT:
+        activation = Recipe(OneBitPACT)
     return LayerQuant(
-        Recipe(family.weight, dict(family.weight_settings)),
-        Recipe(family.activation, settings),
+        weight,
+        activation,
         Bits(*(None if width == FLOAT_BITS else width for width in bits)),
         **options,
     )

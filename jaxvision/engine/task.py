@@ -91,6 +91,7 @@ class Stage:
       step: ``(state, batch, key) -> (state, metrics)``. Traceable when ``compiled``.
       begin: ``(state, key) -> state`` applied when the stage starts (a fresh optimizer, a head with more classes);
         traceable, may change the structure of the state.
+      check: host function of the state that ``begin`` made; raises where its values can't work.
       evals: by name.
       compiled: True: one jitted program a step. False: a Python function on host batches that may call jitted
         functions itself (a search, a solver, one row of a table); each of its steps logs its own row, and metrics
@@ -111,6 +112,7 @@ class Stage:
     data: TrainData
     step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
     begin: Callable[[State, jax.Array], State] | None = None
+    check: Callable[[State], None] | None = None
     evals: Mapping[str, Eval] = field(default_factory=dict)
     compiled: bool = True
     traceable: bool = False

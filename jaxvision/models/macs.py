@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxvision.core.errors import ConfigError
+from jaxvision.models import autoformer
 from jaxvision.models.attention import Attention
 from jaxvision.models.layers import Conv, Dense
 from jaxvision.models.patches import PatchEmbed
@@ -21,7 +22,8 @@ class LayerCost:
 
     Attributes:
       name: path of the parameter (``layer1_0/conv1/kernel``); a product of two activations has no parameter and is
-        named ``blocks_0/attn/q_k`` or ``blocks_0/attn/softmax_v``.
+        named ``blocks_0/attn/q_k`` or ``blocks_0/attn/softmax_v``; those with AutoFormer's relative positions
+        ``q_position`` and ``softmax_position``.
       macs: multiply-accumulates, biases not counted.
       weights: entries of the kernel; 0 for a product of activations.
       in_channels, out_channels: of the whole layer, over all groups.
@@ -49,9 +51,9 @@ class LayerCost:
 def count(module: nn.Module, image_shape: tuple[int, int, int]) -> tuple[LayerCost, ...]:
     """The cost of every product in ``module(images)`` for one image, in the order of the forward pass.
 
-    Counted: :class:`Conv`, :class:`Dense`, :class:`PatchEmbed` and both products of :class:`Attention`; the
-    convolutions and matrices of somebody else's layers are not seen. A layer that is applied twice has one entry with
-    the MACs of both.
+    Counted: :class:`Conv`, :class:`Dense`, :class:`PatchEmbed`, both products of :class:`Attention` and all four of
+    AutoFormer's; the convolutions and matrices of somebody else's layers are not seen. A layer that is applied twice
+    has one entry with the MACs of both.
 
     Args:
       module: a linen module, called with images [1, H, W, C].
@@ -85,12 +87,15 @@ def _costs(module: nn.Module, method: str, args: tuple[Any, ...], output: Any) -
 
     if isinstance(module, Conv | Dense | PatchEmbed) and method == "product":
         yield _layer(name("kernel"), args[1].shape, output.shape, getattr(module, "groups", 1))
-    elif isinstance(module, Attention) and method == "__call__":
+    elif isinstance(module, Attention | autoformer.Attention) and method == "__call__":
         windows, tokens, width = args[0].shape
-        depth, size = width // module.num_heads, (windows, module.num_heads, tokens)
+        relative = isinstance(module, autoformer.Attention)
+        depth = autoformer.HEAD_WIDTH if relative else width // module.num_heads
+        size = (windows, module.num_heads, tokens)
         macs = math.prod(size) * tokens * depth
-        yield LayerCost(name("q_k"), macs, 0, depth, tokens, output_size=size)
-        yield LayerCost(name("softmax_v"), macs, 0, tokens, depth, output_size=size)
+        for first, second in (("q_k", "softmax_v"), ("q_position", "softmax_position"))[: 1 + relative]:
+            yield LayerCost(name(first), macs, 0, depth, tokens, output_size=size)
+            yield LayerCost(name(second), macs, 0, tokens, depth, output_size=size)
 
 
 def _layer(name: str, kernel: tuple[int, ...], output: tuple[int, ...], groups: int) -> LayerCost:

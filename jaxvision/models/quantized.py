@@ -35,6 +35,7 @@ from jaxvision.models.quantized_layer import (
     Recipe,
     width,
 )
+from jaxvision.quant.trainable import check_positive
 
 __all__ = ["BITS", "GRADIENT_STREAM", "INTERVAL", "Bits", "LayerQuant", "QuantizedNetwork", "Recipe", "Rule"]
 
@@ -147,6 +148,23 @@ class QuantizedNetwork:
             return recipe.build(chosen, learned)
 
         return trees.map_named(one, params)
+
+    def check_fitted(self, params: Any) -> None:
+        """Raises ConfigError where a quantizer's values, known now, are none: a scale of 0, or one that isn't finite.
+
+        Under ``jit`` such a scale passes as the smallest there is (``quant.trainable.FLOOR``).
+        """
+        for role in ("kernel", "input"):
+            found = jax.tree_util.tree_leaves_with_path(self.quantizers(params, role), is_leaf=callable)
+            for path, quantizer in found:
+                try:
+                    quantizer.check()
+                except ConfigError as error:
+                    what = "" if role == "kernel" else "the input of "
+                    raise ConfigError(f"{what}{trees.path_name(path)} can't be quantized: {error}") from error
+        for name, leaf in trees.named_leaves(params).items():
+            if name.rsplit("/", 1)[-1] == "output_scale":
+                check_positive(name.removesuffix("/output_scale"), output_scale=leaf)
 
     def layers(self, params: Any) -> tuple[str, ...]:
         """The names of the quantized kernels in a parameter tree."""

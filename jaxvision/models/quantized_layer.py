@@ -67,6 +67,8 @@ class LayerQuant:
       weight, input: their quantizers; used where ``bits`` has a width for them.
       bits: the widths.
       gradient: kind of the gradient quantizer (``quant.gradient``), used where ``bits.gradient`` is set.
+      noise_bits: of its stochastic rounding, 32 or 8.
+      exponent: of the kind "piecewise".
       output_scale: multiply the output by a learned ``|output_scale|``, which starts at the ratio of the mean sizes
         of the float and of the quantized output.
       needs_norm: the quantizers drop the scale of their input, so a normalisation must follow (or ``output_scale``).
@@ -77,6 +79,8 @@ class LayerQuant:
     input: Recipe | None = None
     bits: Bits = Bits()
     gradient: str = "uniform"
+    noise_bits: int = 32
+    exponent: int = 0
     output_scale: bool = False
     needs_norm: bool = False
     execution: str = "fake"
@@ -84,11 +88,17 @@ class LayerQuant:
     def __post_init__(self) -> None:
         if self.execution not in EXECUTIONS:
             raise unknown("execution", self.execution, EXECUTIONS)
+        gradient.GradientOptions(**self.gradient_options)
         for name in ("weight", "input"):
             if getattr(self.bits, name) is not None and getattr(self, name) is None:
                 raise ConfigError(f"{name}_bits={getattr(self.bits, name)}, but the rule names no {name} quantizer")
         if self.execution == "int" and (self.bits.weight is None or self.bits.input is None):
             raise ConfigError("execution='int' needs weight_bits and input_bits; a float operand has no codes")
+
+    @property
+    def gradient_options(self) -> dict[str, Any]:
+        """What ``gradient.gradient_gate`` takes besides the width."""
+        return {"kind": self.gradient, "noise_bits": self.noise_bits, "exponent": self.exponent}
 
 
 def width(layer: LayerQuant, part: str, widths: jax.Array | None) -> Any:
@@ -159,12 +169,12 @@ def _product(
         bits = width(layer, "gradient", widths)
         gate, key = _gradient_state(module) if bits is not None else (None, None)
         if layer.execution == "int" and not fit and not module.is_initializing():
-            shape = _description(module)
-            y = integer.quantized_product(x, kernel, q_input, q_kernel, gate, key, bits, kind=layer.gradient, **shape)
+            options = {**layer.gradient_options, **_description(module)}
+            y = integer.quantized_product(x, kernel, q_input, q_kernel, gate, key, bits, **options)
             y = y.astype(module.dtype)
         else:
             y = product(x if q_input is None else q_input(x), kernel if q_kernel is None else q_kernel(kernel))
-            y = y if bits is None else gradient.gradient_gate(y, gate, key, bits, kind=layer.gradient)
+            y = y if bits is None else gradient.gradient_gate(y, gate, key, bits, **layer.gradient_options)
     if layer.output_scale:
         y = y * jnp.abs(_output_scale(module, product, x, kernel, y, fit)).astype(y.dtype)
     return y

@@ -3,8 +3,9 @@
 :mod:`jaxvision.core.safe_pickle` reads the pickled ones. What is in them becomes variables in ``torch_import``.
 """
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from jaxvision.models import torch_import
 from jaxvision.models.torch_import import StateDict
 
 FORMAT = "jaxvision"
+BITS = "bits"
+"""The metadata's field that a quantized network has: (weight, input) of each layer by its kernel's name, as JSON."""
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 NESTS = ("state_dict", "model", "model_ema", "net")
 
@@ -71,6 +74,12 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(f"{path} can't be read as safetensors ({error})") from error
+
+
+def widths_text(widths: Iterable[Sequence[int | None]]) -> str:
+    """``W2A2`` for (weight, input) of all layers, where None is 32 bits; ``mixed bits`` if they differ."""
+    found = {tuple(32 if width is None else width for width in pair) for pair in widths}
+    return "W{}A{}".format(*found.pop()) if len(found) == 1 else "mixed bits"
 
 
 # --- this package's files --------------------------------------------------------------------------------------------
@@ -132,7 +141,7 @@ def load_state_dict(path: str | os.PathLike, name: str, *, skip_unknown: bool = 
     """The PyTorch-named tensors for model ``name`` in a foreign file (:func:`read_state_dict`) or in one of ours.
 
     Raises:
-      DataError: as in :func:`read_state_dict`, or one of our files holds another model.
+      DataError: as in :func:`read_state_dict`, or one of our files holds another model or a quantized network.
     """
     state = read_state_dict(path, skip_unknown=skip_unknown)
     metadata = read_metadata(path)
@@ -140,6 +149,9 @@ def load_state_dict(path: str | os.PathLike, name: str, *, skip_unknown: bool = 
         return state
     if metadata.get("model") != name:
         raise DataError(f"{path} holds a {metadata.get('model')}, not a {name}")
+    if BITS in metadata:
+        widths = widths_text(json.loads(metadata[BITS]).values())
+        raise DataError(f"{path} holds a network quantized to {widths}, which only trs starts from; give float weights")
     return torch_import.export_state_dict(name, state)
 
 

@@ -89,25 +89,3 @@ class DoReFaActivation(Trainable):
     def step(self, x: jax.Array | None = None) -> jax.Array:
         """1 / n."""
         return 1 / largest(self.bits, jnp.float32 if x is None else widened(x).dtype)
-
-
-def quantize_gradient(g: jax.Array, bits: ArrayLike, noise: jax.Array | None = None) -> jax.Array:
-    """DoReFa's quantizer of the gradients of activations.
-
-    ``g_hat = 2 m (round(n clip(g / (2 m) + 1/2 + r / n, 0, 1)) / n - 1/2)``, m = max|g| over each sample,
-    ``n = 2^b - 1``.
-
-    Args:
-      g: [B, ...] float.
-      bits: width, int or int32 ().
-      noise: r, uniform in (-0.5, 0.5), of the shape of ``g``; None: round to nearest.
-
-    Returns:
-      g_hat, of the shape and type of ``g``; the arithmetic is in float32 at least. Source: section 2.4, equation 12.
-    """
-    wide = widened(g)
-    n = largest(bits, wide.dtype)
-    most = jnp.maximum(jnp.max(jnp.abs(wide), tuple(range(1, g.ndim)), keepdims=True), jnp.finfo(wide.dtype).tiny)
-    shift = 0.5 if noise is None else 0.5 + uniform.divide(noise, n)
-    unit = jnp.round(n * jnp.clip(uniform.divide(wide, 2 * most) + shift, 0, 1))
-    return (2 * most * (uniform.divide(unit, n) - 0.5)).astype(g.dtype)

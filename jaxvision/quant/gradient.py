@@ -95,7 +95,7 @@ def is_off(bits: ArrayLike) -> bool:
 
 def check_bits(bits: ArrayLike, kind: str = "uniform") -> None:
     """Raises ConfigError where a Python int is no width for gradients (traced values, 2 to 8, are trusted)."""
-    lowest = 3 if kind == "piecewise" else 2
+    lowest = {"piecewise": 3, "dorefa": 1}.get(kind, 2)
     if isinstance(bits, int) and (isinstance(bits, bool) or not lowest <= bits <= 16):
         raise ConfigError(f"gradient bits={bits!r} must be a whole number from {lowest} to 16 for {kind!r}")
 
@@ -174,7 +174,7 @@ def quantize_gradient(
     Args:
       g: float [B, ...], of one layer's output; its maximum is taken over all devices.
       gamma: float (), in (0, 1]; "piecewise" and "dorefa" ignore it for the interval.
-      bits: int 2..16 (3..16 for "piecewise"), or a traced int32 (), 2..8.
+      bits: int 2..16 (3..16 for "piecewise", 1..16 for "dorefa"), or a traced int32 (), 2..8.
       noise: None for nearest rounding; a typed key for stochastic rounding; or the noise itself, like ``g``
         ("piecewise": a pair, wide and narrow).
       kind, noise_bits, exponent: see :class:`GradientOptions`.

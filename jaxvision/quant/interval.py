@@ -194,11 +194,11 @@ class GradientErrors:
 
 
 def gradient_errors(
-    g: jax.Array, gamma: ArrayLike, bits: ArrayLike, alpha: ArrayLike, kind: str = "uniform"
+    g: jax.Array, gamma: ArrayLike, bits: ArrayLike, alpha: ArrayLike, kind: str = "uniform", exponent: int = 0
 ) -> GradientErrors:
     """E(G) = mean |Q(g) - g| / gmax over all g, and E(G_L) over the round(alpha N) largest |g|; nearest rounding.
 
-    ``kind``: of Q, see :class:`gradient.GradientOptions`.
+    ``kind``, ``exponent``: of Q, see :class:`gradient.GradientOptions`.
     """
     ratio, size, usable = _clip_ratio(g)
     x = gradient.working(g)
@@ -206,7 +206,7 @@ def gradient_errors(
     if kind == "uniform":
         quantized = gradient.nearest(x, gamma, largest, bits)
     else:
-        quantized = gradient.quantize_gradient(x, gamma, bits, kind=kind).dequantize()
+        quantized = gradient.quantize_gradient(x, gamma, bits, kind=kind, exponent=exponent).dequantize()
     error = jnp.abs(quantized - x) / jnp.where(usable, largest, 1)
     count = jnp.maximum(1, jnp.round(alpha * size))
     large = jnp.abs(x) > _upper_quantile(ratio, count / size) * largest

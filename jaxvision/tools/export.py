@@ -2,7 +2,7 @@
 
     python -m jaxvision.tools.export --workdir RUN --to DIR [--storage int4] [--batch 1] [--image 32 32 3]
 
-RUN holds ``quantized.safetensors``, which ``trs`` writes for the arm that ``config.export`` names. DIR gets
+RUN holds ``quantized.safetensors``, which ``trs`` and ``lbt`` write for the arm that ``config.export`` names. DIR gets
 
     network.safetensors, network.json          codes, steps and what they mean (jaxvision/models/integer_file.py)
     program.mlirbc, program.mlirbc.json        the whole network as StableHLO (jaxvision/models/stablehlo.py)
@@ -23,14 +23,11 @@ import numpy as np
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import recipes
-from jaxvision.engine.quantization import build_network
+from jaxvision.engine.quantized_files import WEIGHTS, network_of
 from jaxvision.methods.igq_vit import export as igq_vit_file
-from jaxvision.methods.trs import training
 from jaxvision.models import integer_file, integer_network, stablehlo, weight_file, zoo
 from jaxvision.models.quantized import QuantizedNetwork
 from jaxvision.tools import command_line
-
-WEIGHTS = "quantized.safetensors"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +87,9 @@ def load(
     if not described.is_file():
         raise DataError(f"{described} does not exist; --workdir must be the directory of a run")
     if not weights.is_file():
-        raise DataError(f"{weights} does not exist; a finished run of trs writes it where config.export names an arm")
+        raise DataError(
+            f"{weights} does not exist; a finished run of trs or lbt writes it where config.export names an arm"
+        )
     config, facts = Config(json.loads(described.read_text())), dict(weight_file.read_metadata(weights))
     if facts.get("format") == igq_vit_file.FORMAT:
         raise DataError(
@@ -104,12 +103,10 @@ def load(
         raise ConfigError(f"--image={tuple(image)} must be three whole numbers of at least 1")
     shape = (int(image[0]), int(image[1]), int(image[2]))
     settings = config.model.settings.to_dict()
-    module = zoo.build(facts["model"], num_classes=facts["num_classes"], **settings)
-    block = config.quantization.to_dict()
-    if facts["family"] != block["family"]:  # an arm with quantizers of its own
-        block |= {"family": facts["family"], "output_scale": None}
+    dtype = recipes.DTYPES[config.model.one_of("dtype", tuple(recipes.DTYPES))]
+    module = zoo.build(facts["model"], num_classes=facts["num_classes"], dtype=dtype, **settings)
     example = np.zeros((1, *shape), np.float32)
-    network = training.at_one_bit(build_network(Config(block, "config.quantization"), module, example))
+    network = network_of(config.quantization.to_dict(), facts, module, example)
     template = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), example)
     return network, weight_file.load_variables(weights, template), shape, facts
 

@@ -18,6 +18,7 @@ FLOAT = ("^conv1/", "^linear/")
 def build(module=None, **changes):
     block = {
         "family": "lbt", "weight_bits": 4, "input_bits": 3, "gradient_bits": 32, "gradient": "uniform",
+        "noise_bits": 32, "exponent": 0,
         "execution": "fake", "output_scale": None, "float_layers": FLOAT, "signed_inputs": (), "bit_rules": (),
         **changes,
     }  # fmt: skip
@@ -29,13 +30,14 @@ def build(module=None, **changes):
 
 
 def test_the_block_decides_for_every_layer():
-    network = build(gradient_bits=5, gradient="per_channel", execution="int")
+    network = build(gradient_bits=5, gradient="per_channel", noise_bits=8, exponent=1, execution="int")
     found = network.check(IMAGE)
     assert list(found) == [
         f"layer{stage}_0/conv{conv}/kernel" for stage in (1, 2, 3) for conv in (1, 2)
     ]  # fmt: skip
     for layer in found.values():
         assert layer.bits == Bits(4, 3, 5) and layer.gradient == "per_channel" and layer.execution == "int"
+        assert (layer.noise_bits, layer.exponent) == (8, 1)
         assert (layer.weight.kind, layer.input.kind) == (FAMILIES["lbt"].weight, FAMILIES["lbt"].activation)
         assert not layer.output_scale and not layer.needs_norm
 
@@ -86,6 +88,7 @@ def test_bit_rules_and_signed_inputs_go_by_the_first_match():
         ({"input_bits": 0}, "input_bits=0 must be a whole number from 1"),
         ({"input_bits": 2.5}, "input_bits=2.5 must be a whole number"),
         ({"gradient_bits": 1}, "gradient_bits=1 must be a whole number from 2 to"),
+        ({"noise_bits": 16}, "noise_bits=16 must be 8 or 32"),
         ({"execution": "integer"}, "execution='integer' is unknown; did you mean 'int'"),
         ({"execution": "int", "input_bits": 32}, "execution='int' needs weight_bits and input_bits"),
         ({"float_layers": ("^conv1/", "layer7")}, r"quantization.float_layers has 'layer7', which matches no"),

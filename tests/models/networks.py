@@ -27,6 +27,12 @@ SMALL = {
     "mobilenet": ("mobilenet_v2", {"width_multiplier": 0.1, "stages": ((1, 16, 1, 1), (6, 24, 2, 2))}, 32),
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "width": 8, "depth": 2, "num_heads": 2}, 32),
     "deit": ("deit_tiny_distilled_patch16_224", {"patch_size": 8, "width": 8, "depth": 1, "num_heads": 2}, 32),
+    "autoformer": ("autoformer", {"architecture": "E8-H1R2-H2R3", "patch_size": 8}, 32),
+    "nas_bench_201": ("nas_bench_201", {"architecture": "|nor_conv_3x3~0|+|none~0|avg_pool_3x3~1|+"
+                                        "|skip_connect~0|nor_conv_1x1~1|none~2|", "width": 2, "cells": 1}, 8),
+    "mbv2_searched": ("mbv2_searched",
+                      {"structure": "SuperConvK3BNRELU(3,8,2,1)SuperResIDWE1K3(8,8,2,4,1)SuperConvK1BNRELU(8,8,1,1)",
+                       "use_se": True}, 16),
     "swin": ("swin_tiny_patch4_window7_224",
              {"width": 4, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "window": 4}, 32),
 }  # fmt: skip

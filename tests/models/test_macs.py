@@ -112,6 +112,13 @@ def test_attention_and_windows_by_hand():
     assert costs["blocks_0/mlp/fc1/kernel"].output_size == (tokens,)
     assert costs["head/kernel"].output_size == ()
 
+    name, settings, _ = SMALL["autoformer"]
+    costs = {cost.name: cost for cost in macs.count(zoo.build(name, num_classes=5, **settings), (32, 32, 3))}
+    product = LayerCost("blocks_1/attn/q_position", 2 * 17 * 17 * 64, 0, 64, 17, output_size=(1, 2, 17))
+    assert costs[product.name] == product
+    for other in ("q_k", "softmax_v", "softmax_position"):
+        assert costs[f"blocks_1/attn/{other}"].macs == product.macs
+
     name, settings, _ = SMALL["swin"]
     costs = {cost.name: cost for cost in macs.count(zoo.build(name, num_classes=5, **settings), (32, 32, 3))}
     assert costs["layers_0/blocks_0/attn/qkv/kernel"].output_size == (4, 16)  # 8x8 pixels in four windows

@@ -1,5 +1,7 @@
 """Quantized networks: names, rules, start values, widths as data, gradients, and the two executions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -479,6 +481,76 @@ def test_integer_and_fake_execution_agree(case):
         np.testing.assert_allclose(b, a, rtol=10 * rounding, atol=rounding * np.abs(a).max() + 1e-7, err_msg=name)
         if name.endswith("kernel"):
             assert np.abs(a).max() > 0, name
+
+
+def quantized(case, execution="fake"):
+    name, settings, size = SMALL[case]
+    module = zoo.build(name, num_classes=5, **settings)
+    chosen = layer("lbt", Bits(4, 4, 4), input_settings={"signed": True}, execution=execution)
+    return QuantizedNetwork(module, (Rule("kernel$", chosen),)), (2, size, size, 3)
+
+
+def gradients_of(network, variables, images):
+    """By name, of the parameters in training mode."""
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    rngs = {"gradient": jax.random.key(1), "dropout": jax.random.key(2)}
+
+    def value(params):
+        outputs, _ = network.apply({"params": params, **rest}, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return sum(jnp.sum(logits**2) for logits in jax.tree.leaves(outputs))
+
+    return trees.named_leaves(jax.grad(value)(variables["params"]))
+
+
+@pytest.mark.parametrize(
+    ("case", "execution"), [*((case, "fake") for case in SMALL), ("mobilenet", "int"), ("autoformer", "int")]
+)
+def test_every_network_trains_quantized_as_it_is(case, execution):
+    """All its kernels by one rule, weights, inputs and gradients; traced."""
+    network, shape = quantized(case, execution)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    kernels = [name for name in trees.named_leaves(shapes_of(network.module, image)) if name.endswith("kernel")]
+    assert set(network.check(image)) == set(kernels)
+    variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+    found = jax.eval_shape(lambda variables, images: gradients_of(network, variables, images), variables, image)
+    for kernel in kernels:
+        assert found[kernel].shape == trees.named_leaves(variables["params"])[kernel].shape
+        assert {f"{kernel}_scale", f"{kernel.removesuffix('kernel')}input_scale"} <= found.keys()
+
+
+def shapes_of(module, image):
+    return jax.eval_shape(module.init, jax.eval_shape(lambda: jax.random.key(0)), image)["params"]
+
+
+@pytest.mark.parametrize("execution", ["fake", "int"])
+def test_the_noise_and_the_narrow_interval_of_a_rule_reach_the_gradient(execution):
+    """Other numbers are another program, the same ones the same."""
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+    def program(noise_bits, exponent):
+        options = {"gradient": "piecewise", "noise_bits": noise_bits, "exponent": exponent, "execution": execution}
+        network = QuantizedNetwork(Plain(), (Rule("kernel$", layer("lbt", Bits(4, 4, 4), **options)),))
+        variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+        text = str(jax.make_jaxpr(lambda v, x: gradients_of(network, v, x))(variables, image))
+        return re.sub("0x[0-9a-f]+", "", text)
+
+    assert program(32, 0) == program(32, 0)
+    assert len({program(32, 0), program(8, 0), program(32, 2)}) == 3
+
+
+@pytest.mark.parametrize("case", ["autoformer", "mobilenet"])
+def test_gradients_reach_every_kernel_and_scale(case):
+    network, shape = quantized(case)
+    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+    def run(images):
+        variables = network.calibrate(network.init(jax.random.key(0), images), images)
+        return gradients_of(network, variables, images)
+
+    for name, gradient in jax.jit(run)(images).items():
+        assert np.isfinite(gradient).all(), name
+        if "kernel" in name or "input_" in name:
+            assert np.abs(gradient).max() > 0, name
 
 
 def test_both_executions_evaluate_alike(images):

@@ -134,6 +134,10 @@ def test_our_files_are_strict(tmp_path):
         weight_file.load_variables(path, {"params": variables["params"]})
     with pytest.raises(DataError, match=r"weights\.safetensors: .*'linear' has 5 classes"):
         weight_file.load_pretrained(path, name, more)
+    bits = {"bits": '{"layer1_0/conv1/kernel": [2, null]}'}
+    weight_file.save_variables(path, variables, {"model": name, "num_classes": 5, **bits})
+    with pytest.raises(DataError, match=r"holds a network quantized to W2A32, .*; give float weights"):
+        weight_file.load_pretrained(path, name, variables)
     save_file({"w": np.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(DataError, match="no jaxvision weight file"):
         weight_file.load_variables(tmp_path / "foreign.safetensors", variables)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError
-from jaxvision.quant import dorefa, gradient
+from jaxvision.quant import gradient
 from tests.arrays import load
 
 ORACLES = Path(__file__).parents[1] / "oracles"
@@ -213,14 +213,6 @@ def test_other_mistakes_are_named():
         gradient.quantize_gradient(g, 1.0, 2, kind="piecewise")
     with pytest.raises(ConfigError, match="noise_bits=16 must be 8 or 32"):
         gradient.quantize_gradient(g, 1.0, 4, noise_bits=16)
-
-
-@pytest.mark.parametrize("noise", [None, 3])
-def test_dorefa_is_the_function_of_its_family(noise):
-    g = jnp.asarray(sample())
-    draw = None if noise is None else gradient.rounding_noise(jax.random.key(noise), g.shape)
-    found = gradient.quantize_gradient(g, 1.0, 4, draw, kind="dorefa").dequantize()
-    np.testing.assert_allclose(found, dorefa.quantize_gradient(g, 4, draw), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("bits", [9, 16])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvision.core.config import Config
+from jaxvision.engine import quantized_files
 from jaxvision.engine.quantization import build_network
 from jaxvision.methods.igq_vit import export as igq_vit_file
 from jaxvision.models import integer_file, stablehlo, weight_file, zoo
@@ -15,6 +16,7 @@ from jaxvision.tools import export
 SETTINGS = {"depth": 8, "width_multiplier": 0.25}
 QUANTIZATION = {
     "family": "trs", "weight_bits": 2, "input_bits": 2, "gradient_bits": 32, "gradient": "uniform",
+    "noise_bits": 32, "exponent": 0,
     "execution": "fake", "output_scale": None, "float_layers": ["^conv1/", "^linear/"], "signed_inputs": [],
     "bit_rules": [],
 }  # fmt: skip
@@ -32,14 +34,15 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     config = {
         "method": "trs", "seed": 0, "quantization": QUANTIZATION, "data": DATA,
-        "model": {"name": "resnet20", "settings": SETTINGS},
+        "model": {"name": "resnet20", "settings": SETTINGS, "dtype": "float32"},
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     images = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
     module = zoo.build("resnet20", num_classes=5, **SETTINGS)
     network = build_network(Config({**QUANTIZATION, "family": "lsq"}, "q"), module, images[:1])
     variables = jax.jit(lambda x: network.calibrate(network.init(jax.random.key(0), x), x))(images)
-    facts = {"model": "resnet20", "num_classes": 5, "family": "lsq", "bits": "{}"}
+    bits = json.dumps(quantized_files.widths(network, images[:1]))
+    facts = {"model": "resnet20", "num_classes": 5, "family": "lsq", "bits": bits}
     weight_file.save_variables(directory / "quantized.safetensors", variables, facts)
     return directory, network, variables, images
 
@@ -80,7 +83,7 @@ def test_mistakes_end_in_one_sentence(run, tmp_path, capsys):
 
     assert "config.json does not exist; --workdir must be the directory of a run" in complaint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert "a finished run of trs writes it where config.export names an arm" in complaint(tmp_path)
+    assert "a finished run of trs or lbt writes it where config.export names an arm" in complaint(tmp_path)
     assert "storage='int3' is unknown" in complaint(directory, "--storage", "int3", "--image", "8", "8", "3")
     assert "--image=(8, 0, 3) must be three whole numbers" in complaint(directory, "--image", "8", "0", "3")
     igq = igq_vit_file.QuantizedModel({"params": {}}, {}, {}, {"model": "deit_tiny_patch16_224", "num_classes": 5})

@@ -80,10 +80,12 @@ def _network(
 
 def check_scales(built: Mapping[str, Built], model: recipes.Model) -> None:
     """Raises ConfigError for a quantized kernel of a weights file that is constant: its interval would be 0."""
+    if model.pretrained is None:
+        return
     leaves = trees.named_leaves(model.pretrained["params"])
     for each in built.values():
         for kernel in each.layers:
-            if np.ptp(np.asarray(leaves[kernel])) == 0:
+            if f"params/{kernel}" not in model.kept and np.ptp(np.asarray(leaves[kernel])) == 0:
                 raise ConfigError(
                     f"config.model.init_from: all values of {kernel} are equal, so its quantizer would have the scale "
                     "0; add it to config.quantization.float_layers, or start from other weights"

@@ -1,13 +1,17 @@
 """What a comparison ends in: accuracy and loss of each arm and width, what happened to the gradients, figures."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxvision.engine import arms
+from jaxvision.engine import arms, quantized_files
+from jaxvision.engine.recipes import Model
 from jaxvision.engine.report import Figure, Report, Results, Table
+from jaxvision.engine.seeds import member
 from jaxvision.methods.lbt import figures
 from jaxvision.quant import interval
 
@@ -38,6 +42,9 @@ class Comparison:
       choose: the evaluation on which a learning rate is chosen; "test" is the one that is reported.
       images: images of each evaluation.
       warning: of too few elements, or "".
+      export: the arm whose network is written, "": none.
+      model, family: of the run.
+      network: of the arm that is written.
     """
 
     title: str
@@ -49,6 +56,10 @@ class Comparison:
     choose: str
     images: Mapping[str, int]
     warning: str
+    export: str = ""
+    model: Model | None = None
+    family: str = ""
+    network: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +107,21 @@ def make(comparison: Comparison, results: Results) -> Report:
         _figures(comparison, results, cells),
         summary,
         _notes(comparison),
+        _files(comparison, results, cells),
     )
+
+
+def _files(comparison: Comparison, results: Results, cells: Sequence[Cell]) -> dict[str, Callable[[Path], None]]:
+    """The network of the first seed of the exported arm, of its first width and setting at their chosen rate."""
+    if not comparison.export:
+        return {}
+    left = arms.kept(results.state, comparison.arms[-1])[comparison.export]
+    index = next(cell for cell in cells if cell.arm == comparison.export).members[0]
+    kept = (comparison.model, comparison.family, comparison.network, member(left, index))
+    return {
+        quantized_files.WEIGHTS: functools.partial(quantized_files.save_quantized, *kept),
+        quantized_files.INTEGERS: functools.partial(quantized_files.save_integers, *kept),
+    }
 
 
 def collect(comparison: Comparison, results: Results) -> list[Cell]:
@@ -104,8 +129,8 @@ def collect(comparison: Comparison, results: Results) -> list[Cell]:
     cells = []
     for arm in comparison.arms:
         groups: dict[tuple, dict[float, list[int]]] = {}
-        for index, member in enumerate(arm.members(comparison.seeds)):
-            setting = dict(member.setting)
+        for index, one in enumerate(arm.members(comparison.seeds)):
+            setting = dict(one.setting)
             rate = setting.pop("lr")
             groups.setdefault(tuple(setting.items()), {}).setdefault(rate, []).append(index)
         for setting, rates in groups.items():

@@ -39,6 +39,7 @@ class Choices:
       bits: widths of gradients.
       rates: learning rates to try.
       controls: how each arm with quantized gradients chooses gamma.
+      export: the arm whose network is written, "": none.
     """
 
     seeds: tuple[int, ...]
@@ -50,6 +51,7 @@ class Choices:
     first_last: str
     start_images: int
     how: str
+    export: str
 
 
 def make(config: Config) -> Task:
@@ -78,6 +80,7 @@ def make(config: Config) -> Task:
         choices.first_last,
         model,
     )
+    networks.check_scales(built, model)
     data_shape = (data.train.batch_size // optimizers.accumulate, *data.image_shape)
     trained = [data.train.with_seed(seed) for seed in choices.seeds]
     first = functools.cache(functools.partial(_first_batch, trained, choices.start_images))
@@ -94,7 +97,10 @@ def make(config: Config) -> Task:
         evals["validation"] = data.validation
     probe = data.train_examples.subset(np.arange(data.train.batch_size), data.train.batch_size)
     every = round(every * per_epoch)
-    stages = [_stage(arm, trainer, choices, trained, evals, every, probe) for arm, trainer in pairs]
+    stages = [
+        _stage(arm, trainer, choices, trained, evals, every, probe, before)
+        for (arm, trainer), before in zip(pairs, [None, *(arm for arm, _ in pairs)])
+    ]
 
     def init(key: jax.Array) -> State:
         state = arms.start_state(model.init, choices.seeds, key)
@@ -102,7 +108,6 @@ def make(config: Config) -> Task:
         return state.replace(extra={arms.START: {**state.extra[arms.START], MEMBER: member}})
 
     def load(state: State) -> State:
-        networks.check_scales(built, model)
         return arms.load_start(load_one, state)
 
     def load_one(start: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +126,10 @@ def make(config: Config) -> Task:
             choose="validation" if data.validation is not None else "test",
             images={name: each.num_examples for name, each in {**evals, report.PROBE: probe}.items()},
             warning=warning,
+            export=choices.export,
+            model=model,
+            family=config.quantization.family,
+            network=built[choices.export].network if choices.export else None,
         ),
     )
     return Task("lbt", init, tuple(stages), made, load=None if model.pretrained is None else load)
@@ -159,7 +168,10 @@ def _choices(config: Config, steps_per_epoch: int) -> Choices:
     }
     first_last, how = config.one_of("first_last", networks.FIRST_LAST), config.one_of("how", HOW)
     start_images = block.positive("start_images", zero=True)
-    return Choices(seeds, names, bits, rates, controls, alphas, first_last, start_images, how)
+    export = config.export
+    if export and (export not in names or export == "float"):
+        raise unknown(config.where("export"), export, [name for name in names if name != "float"])
+    return Choices(seeds, names, bits, rates, controls, alphas, first_last, start_images, how, export)
 
 
 def _optimizers(config: Config, steps: int, steps_per_epoch: int) -> Optimizers:
@@ -196,6 +208,8 @@ def _arm(
         grid,
         {"schedule": optimizers.shape},
         separate=("loss", "gamma/"),
+        keep=trainer.keep if name == choices.export else None,
+        check=trainer.check,
     )
     return arm, trainer
 
@@ -208,9 +222,10 @@ def _stage(
     evals: Mapping[str, EvalData],
     every: int,
     probe: EvalData,
+    before: arms.Arm | None,
 ) -> Stage:
-    """The arm's stage; where its gradients are quantized, they are measured at its end."""
-    stage = arms.stage(arm, choices.seeds, trained, evals, every=every, how=choices.how)
+    """The arm's stage after the arm ``before``; where its gradients are quantized, they are measured at its end."""
+    stage = arms.stage(arm, choices.seeds, trained, evals, every=every, how=choices.how, after=before)
     if trainer.control is None:
         return stage
     measured = dataclasses.replace(arm, evaluate=trainer.probe)

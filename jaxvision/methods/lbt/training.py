@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxvision.core import trees
+from jaxvision.core.errors import ConfigError
 from jaxvision.engine import arms, supervised
 from jaxvision.engine.task import Batch, Metrics, State
 from jaxvision.losses.classification import softmax_cross_entropy
@@ -99,6 +100,23 @@ class Trainer:
         )
         return state.replace(opt_state=self.transform(state).init(state.params))
 
+    def check(self, state: State) -> None:
+        """Raises ConfigError where a quantizer of a member can't start from what the first batch gave it."""
+        if not isinstance(self.network, QuantizedNetwork):
+            return
+        try:
+            self.network.check_fitted(state.params)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the first batch starts no network: {error}; leave the layer in config.quantization.float_layers, or "
+                "look at config.model.init_from, config.data and config.interval.start_images"
+            ) from error
+
+    def keep(self, state: State) -> dict[str, Any]:
+        """The quantized network's variables without the state of its gradients' quantizers."""
+        variables = supervised.variables(state)
+        return {name: tree for name, tree in variables.items() if name not in (INTERVAL, BITS)}
+
     def _filled(self, variables: Any, setting: Mapping[str, jax.Array]) -> Any:
         """The quantized network's variables with the float one's values; gamma 1, widths of rules and setting."""
         shapes = jax.eval_shape(self.network.init, jax.eval_shape(lambda: jax.random.key(0)), self.image)
@@ -143,13 +161,14 @@ class Trainer:
     def _scales(self) -> frozenset[str]:
         if not isinstance(self.network, QuantizedNetwork):
             return frozenset()
-        return frozenset(
+        layers = [rule.layer for rule in self.network.rules if rule.layer is not None]
+        fields = {
             f"{role}_{field}"
-            for rule in self.network.rules
-            if rule.layer is not None
-            for role, recipe in (("kernel", rule.layer.weight), ("input", rule.layer.input))
+            for layer in layers
+            for role, recipe in (("kernel", layer.weight), ("input", layer.input))
             for field in (recipe.kind.LEARNED if recipe is not None else ())
-        )
+        }
+        return frozenset(fields | {"output_scale" for layer in layers if layer.output_scale})
 
     def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         """One training step of a member; a search, where one is due, comes first."""
@@ -203,7 +222,8 @@ class Trainer:
         gradients = self.gradients(supervised.variables(state), batch, jax.random.key(0))
         widths = control_lib.gradient_widths(state.model_state[BITS])
         for name, gamma in control_lib.gammas(state.model_state[INTERVAL]).items():
-            errors = interval.gradient_errors(gradients[name], gamma, widths[name], self.large, self.control.kind)
+            options = {"kind": self.control.kind, "exponent": self.network.find(name).exponent}
+            errors = interval.gradient_errors(gradients[name], gamma, widths[name], self.large, **options)
             values = {"gamma": gamma, "ratio": errors.clip_ratio, "error": errors.all_mean}
             for key, value in {**values, "large_error": errors.large_mean}.items():
                 found[f"{key}/{layer_of(name)}"] = Mean.of(value)

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxvision.engine import arms
+from jaxvision.engine import arms, quantized_files
 from jaxvision.engine.arms import spread
 from jaxvision.engine.report import Figure, Report, Results, Table
 from jaxvision.engine.seeds import member
-from jaxvision.methods.trs import weights
 from jaxvision.methods.trs.outcome import JUDGED, Chosen, Run, choose
 from jaxvision.methods.trs.training import METRIC, Trainer
 
@@ -29,9 +28,10 @@ def make(run: Run, results: Results) -> Report:
     files = {}
     if run.export:
         trainer, variables = _exported(run, results, chosen)
-        files["quantized.safetensors"] = functools.partial(weights.save_quantized, run.model, trainer, variables)
+        left = (run.model, trainer.variant.family, trainer.network, variables)
+        files[quantized_files.WEIGHTS] = functools.partial(quantized_files.save_quantized, *left)
         if trainer.latent:
-            files["integers.safetensors"] = functools.partial(weights.save_integers, run.model, trainer, variables)
+            files[quantized_files.INTEGERS] = functools.partial(quantized_files.save_integers, *left)
     notes = _notes(run, results, chosen)
     return Report(f"TRS: {run.title}", tuple(tables), _figures(run, results, chosen), summary, notes, files)
 

@@ -117,7 +117,7 @@ def _trainers(
     if fitted:
         common["images"] = None
     networks = {
-        name: training.at_one_bit(build_network(_with_family(config, name), model.module, model.image))
+        name: build_network(_with_family(config, name), model.module, model.image)
         for name in dict.fromkeys(variant.family for variant in chosen)
     }
     scaled, made = config.transition.one_of("scale_with_bits", (True, False)), []

@@ -1,6 +1,5 @@
 """The arms of a run: how each begins, what its step is, what it leaves for the report."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
 from jaxvision.engine import arms, supervised
 from jaxvision.engine.task import Batch, Metrics, State
@@ -18,11 +16,8 @@ from jaxvision.losses.classification import softmax_cross_entropy
 from jaxvision.methods.trs import diagnostics, optimizers
 from jaxvision.methods.trs.variants import Variant
 from jaxvision.metrics import Mean, classification
-from jaxvision.models.quantized import QuantizedNetwork, Recipe
-from jaxvision.quant.binary import BinaryWeight
+from jaxvision.models.quantized import QuantizedNetwork
 from jaxvision.quant.lsq import LSQ
-from jaxvision.quant.pact import PACT
-from jaxvision.quant.trainable import three_deviations
 from jaxvision.quant.trs import TRSWeight
 
 METRIC = "accuracy"
@@ -47,33 +42,6 @@ def evaluation(network: Any) -> Callable[[State, Batch], Metrics]:
         return supervised.classification_metrics(logits, batch, top5=logits.shape[-1] > 20)
 
     return evaluate
-
-
-@struct.dataclass
-class OneBitPACT(PACT):
-    """PACT that starts at 3 std(x) / sqrt(1 - 2 / pi), as TRS: at one bit nothing but the maximum passes half of it."""
-
-    @classmethod
-    def fit(cls, x: jax.Array, bits: Any) -> "OneBitPACT":
-        """The quantizer with that start value."""
-        return cls(three_deviations(x, half_normal=True), bits).check_width()
-
-
-def at_one_bit(network: QuantizedNetwork) -> QuantizedNetwork:
-    """The network with what LSQ and PACT, whose papers begin at two bits, have here at one bit.
-
-    LSQ's weights are mean|w| sign(w) of each channel, as LSQ has no two codes for them; PACT starts elsewhere.
-    """
-
-    def changed(layer: Any) -> Any:
-        if layer is not None and layer.bits.weight == 1 and layer.weight.kind is LSQ:
-            layer = dataclasses.replace(layer, weight=Recipe(BinaryWeight))
-        if layer is not None and layer.bits.input == 1 and layer.input.kind is PACT:
-            layer = dataclasses.replace(layer, input=Recipe(OneBitPACT))
-        return layer
-
-    rules = tuple(dataclasses.replace(rule, layer=changed(rule.layer)) for rule in network.rules)
-    return dataclasses.replace(network, rules=rules)
 
 
 def check_remedy(variant: Variant, network: QuantizedNetwork, image: Any) -> None:

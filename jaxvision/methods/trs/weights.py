@@ -1,9 +1,8 @@
-"""Weight files: what a run starts from (a float network, or the quantized one of a run before) and what it leaves."""
+"""Weight files: what a run starts from, a float network or the quantized one of a run before."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +11,12 @@ import numpy as np
 from jaxvision.core import trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError
-from jaxvision.engine import arms, parallel
+from jaxvision.engine import arms, parallel, quantized_files
 from jaxvision.engine import seeds as seed_axis
 from jaxvision.engine.recipes import Data, Model, build_model
 from jaxvision.engine.task import State
 from jaxvision.methods.trs.training import Trainer
-from jaxvision.models import integer_file, integer_network, weight_file
-from jaxvision.models.quantized import QuantizedNetwork
+from jaxvision.models import weight_file
 
 SCALES = ("kernel_scale", "input_scale", "input_alpha", "output_scale")
 """Fields whose start value comes from the data and mustn't be 0."""
@@ -40,21 +38,6 @@ def load_model(config: Config, data: Data) -> tuple[Model, dict[str, str] | None
     return build_model(Config({**config.to_dict(), "init_from": ""}, "config.model"), data), metadata
 
 
-def metadata(model: Model, family: str, network: QuantizedNetwork) -> dict[str, Any]:
-    """What a quantized network's weight file says of itself; ``bits`` are (weight, input) of each layer, as JSON."""
-    return {
-        "model": model.name,
-        "num_classes": model.module.num_classes,
-        "family": family,
-        "bits": json.dumps(widths(network, model.image)),
-    }
-
-
-def widths(network: QuantizedNetwork, image: Any) -> dict[str, list[int | None]]:
-    """Widths of weight and input of each quantized layer, by its kernel's name."""
-    return {name: [layer.bits.weight, layer.bits.input] for name, layer in network.check(image).items()}
-
-
 def load_quantized(path: str, found: Mapping[str, str], trainers: tuple[Trainer, ...], model: Model) -> Any:
     """The variables of a quantized network's file.
 
@@ -64,7 +47,7 @@ def load_quantized(path: str, found: Mapping[str, str], trainers: tuple[Trainer,
     """
     saved = json.loads(found["bits"])
     for trainer in trainers:
-        name, asked = trainer.variant.name, widths(trainer.network, model.image)
+        name, asked = trainer.variant.name, quantized_files.widths(trainer.network, model.image)
         if found["family"] != trainer.variant.family:
             raise ConfigError(
                 f"{path} holds a network with quantizers of the family {found['family']!r}, but the arm {name!r} has "
@@ -141,19 +124,6 @@ def check_scales(variables: Any, trainers: tuple[Trainer, ...], path: str) -> No
                     f"{path}: {name} of the arm {trainer.variant.name!r} starts at {np.ravel(value)[0]:g}, as what it "
                     "is fitted to is constant or not finite; look at that layer's weights and at the calibration images"
                 )
-
-
-def save_quantized(model: Model, trainer: Trainer, variables: Any, path: Path) -> None:
-    """The latent weights and the scales of an arm; ``model.init_from`` takes the file again."""
-    weight_file.save_variables(path, variables, metadata(model, trainer.variant.family, trainer.network))
-
-
-def save_integers(model: Model, trainer: Trainer, variables: Any, path: Path) -> None:
-    """Codes and steps for other programs; beside it a JSON file (``models/integer_file.py``)."""
-    integers = integer_network.convert(trainer.network, variables)
-    described = integer_network.describe(trainer.network, integers, model.image)
-    facts = metadata(model, trainer.variant.family, trainer.network)
-    integer_file.save(path.with_suffix(""), integer_file.IntegerModel(integers, described, facts))
 
 
 def _text(bits: list[int | None] | None) -> str:

@@ -1,5 +1,6 @@
 """The task: mistakes are named before anything runs, presets have their full size, the report chooses fairly."""
 
+import json
 import logging
 
 import jax
@@ -18,6 +19,8 @@ from jaxvision.engine.progress import Progress
 from jaxvision.engine.report import Results
 from jaxvision.methods.lbt import control, networks, report, task
 from jaxvision.models import weight_file, zoo
+from jaxvision.models.quantized import Bits
+from jaxvision.tools import export
 
 SMALL = {"data__batch_size": 16, "seeds": (0,)}
 
@@ -54,6 +57,8 @@ def changed(preset="smoke", **changes):
         ({"quantization__weight_bits": 1}, "LBTWeight: bits=1 must be a whole number from 2 to 8"),
         ({"quantization__float_layers": ("layer9",)}, "has 'layer9', which matches no layer"),
         ({"quantization__execution": "integer"}, "did you mean 'int'"),
+        ({"export": "dsg"}, "config.export='dsg' is unknown; did you mean 'dsgc'"),
+        ({"export": "float", "arms": ("float", "wa")}, "config.export='float' is unknown"),
         ({"first_last": "8"}, "config.first_last='8' is not one of"),
         ({"optimizer__accumulate": 3}, "can't be cut into config.optimizer.accumulate=3"),
         ({"search__every": 0}, "config.search.every=0 must be a number above 0"),
@@ -90,18 +95,28 @@ def test_a_constant_kernel_of_a_weights_file_is_named(tmp_path):
     model = config_file.get_config("smoke").model
     module = zoo.build(model.name, num_classes=10, **model.settings)
     variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
-    made = []
-    for name in ("good.safetensors", "bad.safetensors"):
-        weight_file.save_variables(tmp_path / name, variables, {"model": model.name, "num_classes": 10})
-        made.append(task.make(changed(**SMALL, model__init_from=str(tmp_path / name), arms=("lbt",))))
-        variables["params"]["conv3"]["kernel"] *= 0
-    shapes = jax.eval_shape(made[0].init, jax.random.key(0))
+    path = tmp_path / "weights.safetensors"
+
+    def make():
+        weight_file.save_variables(path, variables, {"model": model.name, "num_classes": 10})
+        return task.make(changed(**SMALL, model__init_from=str(path), arms=("lbt",)))
+
+    made = make()
+    shapes = jax.eval_shape(made.init, jax.random.key(0))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    start = made[0].load(empty).extra[arms.START]
+    start = made.load(empty).extra[arms.START]
     kernel = trees.named_leaves(variables)["params/conv2/kernel"]
     np.testing.assert_array_equal(start["params"]["conv2"]["kernel"], np.asarray(kernel)[None])
+    variables["params"]["conv3"]["kernel"] *= 0
     with pytest.raises(ConfigError, match=r"all values of conv3/kernel are equal, .* scale 0"):
-        made[1].load(empty)
+        make()
+    # Batch norm without a scale, then ReLU: the next layer has no input to fit an interval to.
+    variables["params"]["conv3"]["kernel"] += np.float32(0.1) * np.arange(4, dtype=np.float32)
+    variables["params"]["bn2"] = jax.tree.map(lambda leaf: 0 * leaf, variables["params"]["bn2"])
+    options = Options.read(changed())
+    with pytest.raises(ConfigError, match=r"the input of conv3/kernel can't be quantized: LBTActivation.scale=0 must"):
+        loop.run(make(), options, tmp_path / "run", parallel.create("jit"), Progress(False))
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("how", ("vmap", "call"))
@@ -260,6 +275,27 @@ def test_the_report_takes_each_entry_at_the_rate_that_held_out_images_choose(tmp
     for figure in found.figures:
         figure.draw(tmp_path / f"{figure.name}.png")
         assert np.asarray(Image.open(tmp_path / f"{figure.name}.png")).std() > 0
+
+
+def test_an_exported_arm_is_written_and_read_back(tmp_path):
+    """Without gamma and the widths of gradients, though another arm runs after it."""
+    config = changed(**SMALL, arms=("lbt", "wa"), gradient_bits=(4,), export="lbt")
+    made = task.make(config)
+    shapes = Plan(made, Options(), parallel.create("jit")).states[-1]
+    state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    found = made.report(Results(state, rows(made, 1, {"lbt": [1], "wa": [1]}), [], tmp_path))
+    for name, write in found.files.items():
+        write(tmp_path / name)
+    assert (tmp_path / "integers.json").is_file()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    network, variables, shape, facts = export.load(tmp_path)
+    assert (facts["model"], facts["family"], shape) == ("plain_cnn", "lbt", (8, 8, 1))
+    layers = network.check(jax.ShapeDtypeStruct((1, *shape), np.float32))
+    assert {name: layer.bits for name, layer in layers.items()} == dict.fromkeys(
+        ("conv2/kernel", "conv3/kernel"), Bits(4, 4)
+    )
+    assert set(variables) == {"params", "batch_stats"}
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(variables))
 
 
 def test_a_report_of_float_arms_alone(tmp_path):

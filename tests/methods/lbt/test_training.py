@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from jaxvision.core import trees
 from jaxvision.engine import arms
+from jaxvision.engine.task import State
 from jaxvision.methods.lbt import control
 from jaxvision.methods.lbt.training import DISTANCE, MEMBER, Optimizers, Trainer
 from jaxvision.models.layers import BatchNorm, Conv, Dense, global_avg_pool
@@ -128,6 +129,18 @@ def test_intervals_have_an_optimizer_of_their_own():
                 assert (change > 0) == (rate > 0), name
 
 
+def test_a_learned_output_scale_is_trained_as_the_intervals_are():
+    family = FAMILIES["ewgs"]
+    layer = LayerQuant(Recipe(family.weight), Recipe(family.activation), Bits(4, 4, 4), output_scale=True)
+    trained = trainer(LBT.control, QuantizedNetwork(Network(), (Rule("^(one|two)/", layer),)))
+    params = {"one": {"kernel": jnp.ones(2), "output_scale": jnp.ones(())}}
+    state = State(jnp.int32(0), params, extra={arms.SETTING: {"lr": jnp.float32(0)}})
+    transform = trained.transform(state)
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert float(updates["one"]["output_scale"]) == pytest.approx(-1e-3, rel=1e-3)
+    np.testing.assert_array_equal(updates["one"]["kernel"], 0)
+
+
 def test_searches_happen_when_they_are_due_on_the_batch_of_that_step():
     state = begin(DSGC, rate_factor=0)
     step, found = program(DSGC, "step"), [gammas(state)]
@@ -144,6 +157,27 @@ def test_searches_happen_when_they_are_due_on_the_batch_of_that_step():
     )
     assert found[3]["two/kernel"] == pytest.approx(float(gamma))
     assert state.extra[DISTANCE]["two/kernel"] == pytest.approx(float(distance), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "gamma"), [(control.fixed((0.6,)), "uniform", 0.6), (control.piecewise(), "piecewise", 1.0)]
+)
+def test_constant_gammas_stay_while_the_weights_move(how, kind, gamma):
+    trained = trainer(how, quantized(kind))
+    state = begin(trained, gamma=0.6)
+    new, metrics = jax.jit(trained.step)(state, batch(), jax.random.key(0))
+    assert gammas(state) == gammas(new) == pytest.approx({"one/kernel": gamma, "two/kernel": gamma})
+    assert not np.array_equal(new.params["two"]["kernel"], state.params["two"]["kernel"])
+    assert set(metrics) == {"loss", "grad_norm"}  # gamma is logged only where it moves
+
+
+def test_the_whole_error_is_least_at_the_start():
+    state = begin(trainer(control.whole_error(2, 10)))
+    gradients = program(DSGC, "gradients")({"params": state.params, **state.model_state}, batch(), jax.random.key(1))
+    gamma, _ = interval.least(
+        interval.squared_error, gradients["two/kernel"], 4, np.linspace(0.05, 1, 10, dtype=np.float32)
+    )
+    assert gammas(state)["two/kernel"] == pytest.approx(float(gamma))
 
 
 def test_dsgcs_factor_slows_the_quantized_kernels_only():

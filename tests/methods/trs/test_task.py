@@ -11,7 +11,7 @@ import pytest
 from jaxvision.core import rng, trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, DataError
-from jaxvision.engine import arms
+from jaxvision.engine import arms, quantized_files
 from jaxvision.engine.quantization import build_network
 from jaxvision.main import make_task
 from jaxvision.methods.trs import optimizers, training, variants, weights
@@ -233,7 +233,7 @@ def quantized_file(path, *, family="trs", bits=(1, 1), value=0.5):
     shapes = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), image)
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), shapes)
     model = weights.Model(config.model.name, module, image)
-    weight_file.save_variables(path, variables, weights.metadata(model, family, network))
+    weight_file.save_variables(path, variables, quantized_files.metadata(model, family, network))
     return str(path)
 
 
