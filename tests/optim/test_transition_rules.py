@@ -56,7 +56,7 @@ def test_a_function_gets_what_it_names():
     np.testing.assert_allclose([state.step_size[name] for name in "ab"], [73210.25, 73210.0])
 
     def everything(target, running_rate, step_size, **extra):
-        assert set(extra) == {"rate", "count", "initial_step_size", "loss"}
+        assert set(extra) == {"rate", "count", "initial_step_size", "loss", "measured"}
         return 0.125  # a number is enough
 
     assert float(two_steps(everything, loss=3.0).step_size["b"]) == 0.125

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxvision.core.errors import ConfigError
 from jaxvision.tools import compare_runs
 
 
@@ -41,7 +42,7 @@ def test_sweep_refuses_settings_without_values(text):
     spec = importlib.util.spec_from_file_location("sweep", path)
     sweep = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sweep)
-    with pytest.raises(SystemExit, match="must read NAME=VALUE"):
+    with pytest.raises(ConfigError, match="must read NAME=VALUE"):
         sweep.combinations([text])
     assert sweep.combinations(["a=1,2", "b=(1,2);(3,)"]) == [
         {"a": a, "b": b} for a in ("1", "2") for b in ("(1,2)", "(3,)")

@@ -59,7 +59,9 @@ class GroundTruth:
 
         test = Eval(self.data.eval, self.training.evaluate)
         rate = {"lr": self.training.learning_rate()}
-        return Stage(STAGE, self.training.steps, self.data.train, step, begin, {"test": test}, schedules=rate)
+        return Stage(
+            STAGE, self.training.steps, self.data.train, step, begin=begin, evals={"test": test}, schedules=rate
+        )
 
     def pick(self, outcome: Outcome) -> np.ndarray:
         """The best candidate by each of ``picks``, int32 [P]."""

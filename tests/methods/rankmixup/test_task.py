@@ -112,9 +112,9 @@ def test_curves_end_at_the_images_themselves(tmp_path, monkeypatch):
 def test_images_sorted_by_class_are_sampled_and_one_class_has_no_curve(tmp_path, monkeypatch):
     """Folders are read class by class: the first images would be of one class or two."""
     random = np.random.default_rng(0)
-    image = random.normal(size=(60, 8, 8, 1)).astype(np.float32)
+    images = {split: random.normal(size=(60, 8, 8, 1)).astype(np.float32) for split in ("train", "test")}
     labels = {"train": np.arange(60) % 10, "test": np.arange(60) // 6}
-    monkeypatch.setattr(datasets, "open_source", lambda name, path, split: ArraySource(image, labels[split]))
+    monkeypatch.setattr(datasets, "open_source", lambda name, path, split: ArraySource(images[split], labels[split]))
     monkeypatch.setattr(report, "MOST_IMAGES", 12)
     small = {"data__train_size": 40, "data__validation_size": 20, "data__batch_size": 8, "data__eval_batch_size": 20}
     built = build("rankmixup", arms=("ce",), seeds=(0,), data__options={}, simulations=0, **small)
@@ -125,7 +125,8 @@ def test_images_sorted_by_class_are_sampled_and_one_class_has_no_curve(tmp_path,
     made = built.report(untrained(built, tmp_path))
     assert pairs in next(figure for figure in made.figures if figure.name == "mixing").caption
 
-    object.__setattr__(built.report.args[0].data.eval, "source", ArraySource(image, np.zeros(60, int), num_classes=10))
+    alike = ArraySource(images["test"], np.zeros(60, int), num_classes=10)
+    object.__setattr__(built.report.args[0].data.eval, "source", alike)
     made = built.report(untrained(built, tmp_path))
     assert "mixing" not in {figure.name for figure in made.figures}
     assert any("is of two classes" in note for note in made.notes) and len(made.tables) == 2
