@@ -1,6 +1,7 @@
 """Brings PyTorch weights in: checks that they fit a network exactly, and writes them as one of our files.
 
     python -m jaxvision.tools.import_weights --from resnet50.pth --model resnet50 --to resnet50.safetensors
+    python -m jaxvision.tools.import_weights --from deit.pth --model deit_small_patch16_224 --check --beside_timm
     python -m jaxvision.tools.import_weights --from resnet20.safetensors --model resnet20 --check --images test.npz
     python -m jaxvision.tools.import_weights --from resnet20.pth --model resnet20 --images test.npz --logits logits.npz
 
@@ -22,7 +23,7 @@ import numpy as np
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError, DataError, StorageError
 from jaxvision.models import torch_import, weight_file, zoo
-from jaxvision.tools import command_line
+from jaxvision.tools import command_line, timm_peer
 
 _BATCH = 128
 
@@ -40,6 +41,7 @@ def _parser() -> command_line.Parser:
     add("--num_classes", type=int, metavar="N", help="default: as many as the file's classifier has")
     add("--to", type=Path, metavar="OUT.safetensors", help="write the converted weights there")
     add("--check", action="store_true", help="convert, run a fixed input through the network, print what came out")
+    add("--beside_timm", action="store_true", help="with --check: timm's logits of the same input beside ours")
     add("--images", type=Path, metavar="FILE.npz", help="classify its `image` (N,H,W,C uint8) and compare with `label`")
     add("--logits", type=Path, metavar="OUT.npz", help="write the logits of --images and their labels there")
     add("--drop", action="append", default=[], metavar="KEY", help="a tensor or module of the file to leave out")
@@ -59,6 +61,8 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("nothing to do: give --to OUT.safetensors, --check or --images FILE.npz")
     if options.to and options.to.suffix != ".safetensors":
         raise ConfigError(f"--to {options.to} must end in .safetensors")
+    if options.beside_timm and not options.check:
+        raise ConfigError("--beside_timm compares what --check computes: give both")
     if options.logits and not options.images:
         raise ConfigError(f"--logits {options.logits} needs --images FILE.npz, whose logits these are")
     if options.logits and options.logits.suffix != ".npz":
@@ -81,7 +85,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"dropped keys: {', '.join(dropped) or 'none'}")
     apply = jax.jit(lambda variables, images: model.apply(variables, images))
     if options.check:
-        print(check(apply, variables, spec.input_size))
+        images = fixed_images(spec.input_size)
+        logits = np.asarray(apply(variables, images), np.float64)
+        print(check(logits))
+        if options.beside_timm:
+            kept = {key: value for key, value in state.items() if key not in dropped}
+            print(beside(logits, timm_peer.logits(name, kept, images, num_classes)))
     if options.images:
         images, labels = _read_images(options.images, spec.input_size)
         logits = classify(apply, variables, spec, images)
@@ -94,18 +103,34 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {options.to}")
 
 
-def check(apply: Any, variables: Any, input_size: tuple[int, int]) -> str:
-    """One line about the logits of a fixed input, float32 [2, H, W, 3] standard normal from NumPy's seed 0.
+def fixed_images(input_size: tuple[int, int]) -> np.ndarray:
+    """Float32 [2, H, W, 3], standard normal from NumPy's seed 0."""
+    return np.random.default_rng(0).standard_normal((2, *input_size, 3)).astype(np.float32)
+
+
+def check(logits: np.ndarray) -> str:
+    """One line about the logits of :func:`fixed_images`, any shape.
 
     Raises:
       DataError: the logits are not finite.
     """
-    images = np.random.default_rng(0).standard_normal((2, *input_size, 3)).astype(np.float32)
-    logits = np.asarray(apply(variables, images), np.float64)
     if not np.isfinite(logits).all():
         raise DataError("the network's output for a fixed input is not finite: the weights hold NaN or infinite values")
     total, size = logits.sum(), np.abs(logits).mean()
     return f"logits of a fixed input: shape {logits.shape}, finite, sum {total:.5g}, mean magnitude {size:.5g}"
+
+
+def beside(logits: np.ndarray, peer: np.ndarray) -> str:
+    """Three lines: the first logits of the first image here and in timm, and the largest difference of all."""
+
+    def first(values: np.ndarray) -> str:
+        return "  ".join(f"{value:9.5f}" for value in values[0, :6])
+
+    worst = np.abs(logits - peer).max()
+    return (
+        f"here  {first(logits)}\ntimm  {first(peer)}\n"
+        f"largest difference to timm {worst:.1e}, of {np.abs(peer).max():.3g}, the largest logit"
+    )
 
 
 def classify(apply: Any, variables: Any, spec: zoo.Spec, images: np.ndarray) -> np.ndarray:

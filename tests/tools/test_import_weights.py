@@ -141,6 +141,7 @@ def test_logits_for_the_calibration_tool(tmp_path, capsys, weights):
         (("--check",), "--model"),
         (("--model", "resnet20", "--check", "--num_classes", "ten"), "invalid int value"),
         (("--model", "resnet20", "--images", "absent.npz"), "absent.npz can't be read"),
+        (("--model", "resnet20", "--to", "x.safetensors", "--beside_timm"), "what --check computes: give both"),
         (("--model", "resnet20", "--check", "--logits", "x.npz"), "--logits x.npz needs --images FILE.npz"),
         (("--model", "resnet20", "--images", "x.npz", "--logits", "x.pt"), "--logits x.pt must end in .npz"),
         (("--model", "deeplabv3_resnet50", "--images", "x.npz"), "deeplabv3_resnet50 labels their pixels"),
@@ -191,3 +192,19 @@ def test_a_malicious_pickle_is_refused(tmp_path, capsys, options):
     code, _, err = call(capsys, "--from", path, "--model", "resnet20", "--check", *options)
     assert code == 64 and err.count("\n") == 1
     assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_timms_weights_give_timms_logits(tmp_path, capsys):
+    """PyTorch and timm (the extra ``bench``) are no dependency of the tests."""
+    timm = pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    name = "vit_tiny_patch16_224"
+    module = timm.create_model(name, pretrained=False, num_classes=7)
+    save_file({key: value.numpy() for key, value in module.state_dict().items()}, tmp_path / "vit.safetensors")
+    options = ("--from", tmp_path / "vit.safetensors", "--model", name, "--check", "--beside_timm")
+    code, out, _ = call(capsys, *options)
+    assert code == 0
+    assert float(re.search(r"largest difference to timm (\S+),", out)[1]) < 1e-5
+    assert re.search(r"^timm .*-?\d\.\d{5}", out, re.MULTILINE)
