@@ -1,6 +1,7 @@
-"""ImageNet preprocessing against an independent reference: Pillow's fixed-point resampling written out in NumPy."""
+"""ImageNet preprocessing against torchvision's stored results, and against Pillow's fixed-point resampling in NumPy."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from PIL import Image
 from jaxvision.core.errors import ConfigError
 from jaxvision.data import imagenet
 from jaxvision.data.rand_augment import RandAugment
+from tests.arrays import load
 
+ORACLE = Path(__file__).parents[1] / "oracles" / "imagenet" / "evaluation.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -75,6 +78,16 @@ def photo(height, width):
     waves = 127 + 127 * np.sin(x[..., None] / (3.0, 5.1, 7.7) + y[..., None] / (2.1, 9.3, 4.4))
     noise = np.random.default_rng(height * 1000 + width).integers(-90, 90, (height, width, 3))
     return np.clip(waves + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+def test_evaluation_preprocessing_is_torchvisions(method):
+    """Resize, CenterCrop, ToTensor and Normalize of torchvision 0.29.1 on Pillow images made by :func:`photo`."""
+    stored = load(ORACLE)
+    for index, (height, width, size, fraction) in enumerate(stored["cases"]):
+        transform = imagenet.imagenet_eval(int(size), float(fraction), MEAN, STD, method)
+        out = transform({"image": photo(int(height), int(width)), "label": 1}, None)["image"]
+        np.testing.assert_array_equal(out, stored[f"{method}_{index}"], err_msg=f"{height}x{width}")
 
 
 @pytest.mark.parametrize("method", ["bicubic", "bilinear"])
