@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxvision.benchmarks import torch_timm
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError, DataError, StorageError
 from jaxvision.models import torch_import, weight_file, zoo
-from jaxvision.tools import command_line, timm_peer
+from jaxvision.tools import command_line
 
 _BATCH = 128
 
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         print(check(logits))
         if options.beside_timm:
             kept = {key: value for key, value in state.items() if key not in dropped}
-            print(beside(logits, timm_peer.logits(name, kept, images, num_classes)))
+            print(beside(logits, torch_timm.logits(name, kept, images, num_classes)))
     if options.images:
         images, labels = _read_images(options.images, spec.input_size)
         logits = classify(apply, variables, spec, images)

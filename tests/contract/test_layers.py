@@ -18,7 +18,7 @@ RANKS = {
     "data": 2,
     "engine": 3,
     "methods": 4,
-    "tools": 5,
+    "tools": 6,
     "benchmarks": 5,
     "main": 5,
 }
