@@ -173,7 +173,7 @@ class IntegerTap:
         self, quantizers: Mapping[str, Any], layers: Mapping[str, Any], batch_size: int, one_product: bool = False
     ):
         self._quantizers, self._layers, self._batch_size = quantizers, layers, batch_size
-        self._linear = power_of_two_linear if one_product else linear_int
+        self._linear = partial(linear_int, one_product=one_product)
         self._inputs: dict[str, tuple[str, jax.Array]] = {}
         self._attention: tuple[jax.Array, Any] | None = None
         self._values: tuple[jax.Array, Any] | None = None
@@ -206,17 +206,26 @@ class IntegerTap:
             raise ConfigError(f"the output of {site} has no tap; run this network in simulation")
 
 
-@partial(jax.jit, static_argnames="batch_size")
+@partial(jax.jit, static_argnames=("batch_size", "one_product"))
 def linear_int(
     x: jax.Array,
     quantizer: groups.InstanceGroupQuantizer,
     weight: QuantizedTensor,
     bias: jax.Array | None,
     batch_size: int,
+    one_product: bool = False,
 ) -> jax.Array:
-    """:func:`igq_linear_int` of a site's float input (B * windows, ..., C), quantized here; (B, N, D)."""
+    """The integer layer (B, N, D) of a site's float input (B * windows, ..., C), quantized here.
+
+    :func:`igq_linear_int`, or with ``one_product`` :func:`power_of_two_linear_int`, whose quantizer is :func:`snapped`.
+    """
     codes, group, scale, zero = _grouped_codes(x, quantizer, batch_size)
-    return igq_linear_int(codes, group, scale, zero, weight, bias, quantizer.bits)
+    if not one_product:
+        return igq_linear_int(codes, group, scale, zero, weight, bias, quantizer.bits)
+    used = jnp.arange(scale.shape[0]) < quantizer.count
+    base = jnp.min(jnp.where(used, scale, jnp.inf))
+    shift = jnp.where(used, jnp.round(jnp.log2(scale / base)), 0).astype(jnp.int32)
+    return power_of_two_linear_int(codes, group, base, shift, zero, weight, bias)
 
 
 def _grouped_codes(
@@ -338,22 +347,6 @@ def snapped(quantizer: Any, bits: int) -> Any:
         return quantizer
     bounds, _, _ = snap_power_of_two(quantizer.bounds[0, : int(quantizer.count)], bits)
     return quantizer.replace(bounds=groups.pad_bounds(bounds[None], quantizer.bounds.shape[1]))
-
-
-@partial(jax.jit, static_argnames="batch_size")
-def power_of_two_linear(
-    x: jax.Array,
-    quantizer: groups.InstanceGroupQuantizer,
-    weight: QuantizedTensor,
-    bias: jax.Array | None,
-    batch_size: int,
-) -> jax.Array:
-    """:func:`power_of_two_linear_int` of a site's float input (B * windows, ..., C), quantized here; (B, N, D)."""
-    codes, group, scale, zero = _grouped_codes(x, quantizer, batch_size)
-    used = jnp.arange(scale.shape[0]) < quantizer.count
-    base = jnp.min(jnp.where(used, scale, jnp.inf))
-    shift = jnp.where(used, jnp.round(jnp.log2(scale / base)), 0).astype(jnp.int32)
-    return power_of_two_linear_int(codes, group, base, shift, zero, weight, bias)
 
 
 @jax.jit

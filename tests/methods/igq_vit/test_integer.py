@@ -208,7 +208,9 @@ def test_one_product_equals_its_simulation():
     np.testing.assert_allclose(y, pow2(x, 3) @ weight.dequantize() + bias, rtol=1e-4, atol=1e-4)
     padded = integer.snapped(quantizer, 4)
     assert padded.bounds.shape == quantizer.bounds.shape and int(padded.count) == int(quantizer.count)
-    np.testing.assert_allclose(integer.power_of_two_linear(x, padded, weight, bias, 3), y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        integer.linear_int(x, padded, weight, bias, 3, one_product=True), y, rtol=1e-4, atol=1e-4
+    )
     rows = groups.InstanceGroupQuantizer.create(snapped, 4, axis="rows")
     assert integer.snapped(rows, 4) is rows
     difference = np.asarray(codes) - np.asarray(zero, int)[group][:, None]
