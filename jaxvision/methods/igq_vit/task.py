@@ -24,7 +24,7 @@ from jaxvision.engine import parallel, recipes, seeds, supervised
 from jaxvision.engine.evaluate import Evaluator
 from jaxvision.engine.task import Batch, Eval, Metrics, Stage, State, Task
 from jaxvision.losses.classification import softmax_cross_entropy
-from jaxvision.methods.igq_vit import allocation, comparison, report, simulate
+from jaxvision.methods.igq_vit import allocation, comparison, judging, report, simulate
 from jaxvision.methods.igq_vit.calibration import Bits, Calibration
 from jaxvision.methods.igq_vit.comparison import Bench, Row, Settings
 from jaxvision.methods.igq_vit.sites import Site, list_sites
@@ -249,7 +249,7 @@ class Comparer:
             )
             self._benches[member] = Bench(context, self.settings)
             predict = functools.partial(simulate.float_forward, self.model.module.apply, context.variables)
-            self._references[member] = comparison.WithReference(self.data.eval, predict)
+            self._references[member] = judging.WithReference(self.data.eval, predict)
         return self._benches[member]
 
     def drawn(self, member: int) -> np.ndarray:
@@ -287,9 +287,9 @@ class Comparer:
         begin = time.monotonic()
         judged, noise = self._evaluate(self.devices.replicate(built.network), row.member)
         seconds["seconds/evaluate"] = time.monotonic() - begin
-        numbers = {**judged, **noise, **{name: comparison.Exact.of(value) for name, value in built.bops.items()}}
+        numbers = {**judged, **noise, **{name: judging.Exact.of(value) for name, value in built.bops.items()}}
         if built.groups is not None:
-            numbers |= {f"groups/{site}": comparison.Exact.of(count) for site, count in built.groups.items()}
+            numbers |= {f"groups/{site}": judging.Exact.of(count) for site, count in built.groups.items()}
         return state, {**numbers, **{name: Mean.of(value) for name, value in seconds.items()}}
 
     def _timed_build(self, state: State, row: Row) -> tuple[comparison.Built, dict[str, float]]:
@@ -334,16 +334,16 @@ class Comparer:
         return {}
 
     @functools.cached_property
-    def _references(self) -> dict[int, comparison.WithReference]:
+    def _references(self) -> dict[int, judging.WithReference]:
         return {}
 
     @functools.cached_property
     def _judge(self) -> Evaluator:
-        return Evaluator(comparison.judge(self.model.module.apply), self.devices)
+        return Evaluator(judging.judge(self.model.module.apply), self.devices)
 
     @functools.cached_property
     def _sqnr(self) -> Evaluator:
-        return Evaluator(comparison.sqnr(self.model.module.apply), self.devices)
+        return Evaluator(judging.sqnr(self.model.module.apply), self.devices)
 
     @functools.cached_property
     def _sqnr_data(self) -> EvalBatches:

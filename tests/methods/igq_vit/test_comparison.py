@@ -17,7 +17,7 @@ from jaxvision.engine.options import Options
 from jaxvision.engine.plan import Plan
 from jaxvision.engine.progress import Progress
 from jaxvision.main import make_task
-from jaxvision.methods.igq_vit import allocation, bops, comparison, export, report, simulate
+from jaxvision.methods.igq_vit import allocation, bops, comparison, export, judging, report, simulate
 from jaxvision.methods.igq_vit.calibration import Bits, Calibration
 from jaxvision.methods.igq_vit.comparison import Bench, Row, Settings
 from jaxvision.methods.igq_vit.sites import list_sites
@@ -108,7 +108,7 @@ def test_reference_logits_are_computed_once():
         calls.append(images)
         return images * 2
 
-    data = comparison.WithReference(Batches(), predict)
+    data = judging.WithReference(Batches(), predict)
     for _ in range(3):
         np.testing.assert_array_equal(data.batch_at(1)["reference"], np.full((3, 1), 2.0))
     assert len(calls) == 1
@@ -170,7 +170,7 @@ def test_one_program_judges_every_group_count_every_width_and_the_float_network(
         traces.append(1)
         return bench.context.apply_fn(*arguments, **options)
 
-    update = jax.jit(comparison.judge(apply_fn))
+    update = jax.jit(judging.judge(apply_fn))
     images, c = bench.context.images, bench.context
     reference = simulate.float_forward(c.apply_fn, c.variables, images)
     label = np.asarray(reference.argmax(-1)).copy()
@@ -186,7 +186,7 @@ def test_one_program_judges_every_group_count_every_width_and_the_float_network(
 @pytest.mark.parametrize("method", ["igq4", "igq4_pow2"])
 def test_rows_in_integers_equal_their_simulation(bench, method):
     c, bits = bench.context, Bits(4, 4, 8)
-    update = jax.jit(comparison.judge(c.apply_fn))
+    update = jax.jit(judging.judge(c.apply_fn))
     simulated, integers = (bench.build(name, bits).network for name in (method, f"{method}_int"))
     reference = simulate.predict(
         c.apply_fn, simulated.variables, simulated.quantizers, simulate.switches(simulated.quantizers), c.images
@@ -211,7 +211,7 @@ def test_sequential_calibration_changes_later_sites_alone(bench):
 
 def test_whole_numbers_are_logged_exactly():
     cost = 12_345_678_901
-    (number,) = evaluate.compute({"bops/base": comparison.Exact.of(cost)}).values()
+    (number,) = evaluate.compute({"bops/base": judging.Exact.of(cost)}).values()
     assert number == cost and json.dumps(number) == str(cost)
 
 
