@@ -16,6 +16,8 @@ Fields beside those of ``configs/common.py``:
                 _scale (bounds refined), _pow2 (scales that are powers of two of one, so that one integer product
                 serves all groups), _int (executed with int8 products instead of simulated)
     bits        W<weights>A<activations>; image_bits: of the image
+    head_groups fixed groups for the channels of the classifier's input, whose one token has no range of an image's own
+                (0: one quantizer, the published baselines' policy); for every method but ptq4vit
     train       epochs, where there is no ``model.init_from``; random_weights: True to quantize an untrained network
     calibration images: how many; sqnr_images: test images for the SQNR (0: none); observer_batch: images that the
                 running observers (EMA) see at a time
@@ -72,6 +74,7 @@ def base(data: ConfigDict, model: ConfigDict, **engine) -> ConfigDict:
     config.methods = METHODS
     config.bits = ("W4A4", "W6A6")
     config.image_bits = 8
+    config.head_groups = 0
     config.data, config.model = data, model
     optimizer = common.optimizer("adamw", 1e-3, weight_decay=0.05)
     config.train = ConfigDict({"epochs": 0.0, "random_weights": False, "optimizer": optimizer})

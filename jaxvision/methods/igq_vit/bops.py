@@ -39,9 +39,13 @@ def fc_bops(
     if groups is not None:
         cost["range"] = 2 * tokens * fan_in * p
         cost["distance"] = fan_in * groups * (2 * p * p + 3 * p)
-        cost["combine"] = (groups - 1) * tokens * fan_out * (p * p + p)
+        cost["combine"] = _combine(groups, tokens, fan_out, p)
         cost["zero_point"] = fan_in * fan_out * p + groups * fan_out * (p * p + p)
     return cost
+
+
+def _combine(groups: int, tokens: int, fan_out: int, p: int) -> int:
+    return (groups - 1) * tokens * fan_out * (p * p + p)
 
 
 def attention_bops(
@@ -64,6 +68,7 @@ def _site_bops(
     act_bits: int,
     fp_bits: int,
     image_bits: int,
+    head_groups: int,
 ) -> Bops:
     if site.kind == "rows":
         values = by_name.get(site.name.removesuffix("softmax") + "v")
@@ -78,7 +83,10 @@ def _site_bops(
     if site.kind == "image":
         # Patches don't overlap, so tokens * fan_in is the number of pixels times channels.
         return fc_bops(1, int(np.prod(site.shape)), site.fan_out, weight_bits, image_bits, None, fp_bits)
-    return fc_bops(site.tokens, site.shape[-1], site.fan_out, weight_bits, act_bits, groups, fp_bits)
+    cost = fc_bops(site.tokens, site.shape[-1], site.fan_out, weight_bits, act_bits, groups, fp_bits)
+    if site.one_token and head_groups:
+        cost["combine"] = _combine(min(head_groups, site.shape[-1]), site.tokens, site.fan_out, fp_bits)
+    return cost
 
 
 def network_bops(
@@ -89,6 +97,7 @@ def network_bops(
     fp_bits: int = 32,
     *,
     image_bits: int = 8,
+    head_groups: int = 0,
 ) -> dict[str, Bops]:
     """BOPs of one image by site and part; the products q k^T and A v both count at the softmax site.
 
@@ -96,11 +105,12 @@ def network_bops(
       sites: of :func:`sites.list_sites`, all of them.
       groups: of the grouped sites: one number, one by site, or None for fixed per-tensor quantizers.
       weight_bits, act_bits, fp_bits, image_bits: widths.
+      head_groups: fixed groups of an FC input of one token, which combine as many partial sums; 0: one quantizer.
     """
     by_name = {site.name: site for site in sites}
     count = {n: groups[n] if isinstance(groups, Mapping) else groups for n, site in by_name.items() if site.grouped}
     return {
-        name: _site_bops(site, by_name, count.get(name), weight_bits, act_bits, fp_bits, image_bits)
+        name: _site_bops(site, by_name, count.get(name), weight_bits, act_bits, fp_bits, image_bits, head_groups)
         for name, site in by_name.items()
     }
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxvision.core import struct
 from jaxvision.core.errors import ConfigError
+from jaxvision.methods.igq_vit import channel_groups
 from jaxvision.methods.igq_vit import sites as sites_lib
 from jaxvision.methods.igq_vit.sites import ApplyFn, Site
 from jaxvision.quant import activation, uniform, weights
@@ -67,6 +68,7 @@ class Calibration:
       weight_policy: how methods without a weight quantizer of their own round kernels; its width gives way to
         ``Bits.weight``.
       observer_batch: images that a batch observer sees at a time; None: all (EMA is then the same as min-max).
+      head_groups: fixed groups of the channels of an FC input of one token (:func:`fixed_quantizer`); 0: none.
     """
 
     apply_fn: ApplyFn
@@ -76,6 +78,7 @@ class Calibration:
     activations: Mapping[str, np.ndarray]
     weight_policy: WeightPolicy = field(default_factory=lambda: WeightPolicy(method="mse"))
     observer_batch: int | None = None
+    head_groups: int = 0
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -91,7 +94,7 @@ class Calibration:
     ) -> "Calibration":
         """Runs the float network on ``images`` [n, H, W, C], ``chunk`` at a time, and keeps its values on the host.
 
-        ``options`` are the last two attributes. Keeping everything takes 1.5 GB for 32 images and DeiT-S.
+        ``options`` are the last three attributes. Keeping everything takes 1.5 GB for 32 images and DeiT-S.
         """
         images = np.asarray(images, np.float32)
         if images.ndim != 4 or not len(images):
@@ -117,12 +120,7 @@ class Calibration:
 
     def channel_extremes(self, name: str) -> np.ndarray:
         """Minimum and maximum of each channel over all images and tokens, [C, 2]."""
-
-        def find() -> np.ndarray:
-            x = self.rows(name)
-            return np.stack([x.min(0), x.max(0)], -1)
-
-        return self.once(("channel_extremes", name), find)
+        return self.once(("channel_extremes", name), lambda: channel_extremes(self.activations[name]))
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """``make()`` the first time, the same object afterwards: what methods share is computed once."""
@@ -131,25 +129,40 @@ class Calibration:
         return self._cache[key]
 
 
-def tensor_quantizer(context: Calibration, site: Site, bits: Bits) -> activation.AffineQuantizer:
-    """One quantizer for the whole tensor, its interval the best of RepQ-ViT's three percentile pairs."""
+def channel_extremes(x: np.ndarray) -> np.ndarray:
+    """Minimum and maximum of each channel of [..., C] over everything else, [C, 2]."""
+    rows = x.reshape(-1, x.shape[-1])
+    return np.stack([rows.min(0), rows.max(0)], -1)
+
+
+def fixed_quantizer(site: Site, x: Any, bits: Bits, head_groups: int = 0) -> activation.AffineQuantizer:
+    """One quantizer for the whole tensor, its interval the best of RepQ-ViT's three percentile pairs.
+
+    With ``head_groups`` of 2 or more the input of an FC layer that sees one token (the classifier's), which has no
+    minimum and maximum of an image's own, has that many for its channels, grouped by their range over the images
+    ``x`` [n, ..., C] (:func:`channel_groups.peg_bounds`).
+    """
     width = bits.of(site)
-
-    def find() -> activation.AffineQuantizer:
-        interval = weights.tensor_interval(context.activations[site.name], width)
-        return activation.AffineQuantizer.from_interval(*interval, width)
-
-    return context.once(("tensor_quantizer", site.name, width), find)
+    if head_groups > 1 and site.one_token:
+        interval = channel_groups.peg_bounds(channel_extremes(np.asarray(x)), head_groups).T
+    else:
+        interval = weights.tensor_interval(x, width)
+    return activation.AffineQuantizer.from_interval(*interval, width)
 
 
 def common_quantizers(context: Calibration, bits: Bits, kinds: Sequence[str] = ("image", "tensor")) -> Quantizers:
-    """The shared policy: image, q, k, v and head each with one :func:`tensor_quantizer`; the image at its own width.
+    """The shared policy: image, q, k, v and head each with a :func:`fixed_quantizer`; the image at its own width.
 
     Args:
       context, bits: see there.
       kinds: sites to make quantizers for; add "channels" or "rows" to treat those per tensor too.
     """
-    return {site.name: tensor_quantizer(context, site, bits) for site in context.sites if site.kind in kinds}
+
+    def find(site: Site) -> activation.AffineQuantizer:
+        make = partial(fixed_quantizer, site, context.activations[site.name], bits, context.head_groups)
+        return context.once(("fixed_quantizer", site.name, bits.of(site), context.head_groups), make)
+
+    return {site.name: find(site) for site in context.sites if site.kind in kinds}
 
 
 def common_variables(context: Calibration, bits: Bits) -> Any:

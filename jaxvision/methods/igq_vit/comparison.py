@@ -22,9 +22,10 @@ from jaxvision.methods.igq_vit.calibration import (
     common_codes,
     common_quantizers,
     common_variables,
+    fixed_quantizer,
 )
 from jaxvision.methods.igq_vit.sites import RANGES, collect_ranges
-from jaxvision.quant import activation, weights
+from jaxvision.quant import weights
 
 IGQ = re.compile(r"igq(_alloc)?(\d+)(_scale)?(_pow2)?(_int)?")
 """igq8 and its variants: allocated group counts, scaled bounds, power-of-two scales, integer products."""
@@ -216,8 +217,7 @@ class Bench:
             if site is None:
                 return None
             if not site.grouped:
-                width = bits.of(site)
-                return activation.AffineQuantizer.from_interval(*weights.tensor_interval(x, width), width)
+                return fixed_quantizer(site, x, bits, c.head_groups)
             ranges = {name: np.asarray(RANGES[s.instance](site.kind, x, len(c.images)))}
             options = {"iters": s.iters, "m_step": s.m_step, "per_head": s.per_head}
             bounds, _ = quantizers.calibrate_groups(ranges, (site,), groups[name], **options)
@@ -234,7 +234,13 @@ class Bench:
         elif groups is not None and IGQ.fullmatch(method)[4]:
             parts = ONE_PRODUCT_PARTS
         cost = bops.network_bops(
-            sites, groups, bits.weight, bits.activation, self.settings.fp_bits, image_bits=bits.image
+            sites,
+            groups,
+            bits.weight,
+            bits.activation,
+            self.settings.fp_bits,
+            image_bits=bits.image,
+            head_groups=0 if method in OWN_HEAD else self.context.head_groups,
         )
         for site in self.context.of_kind("channels") if parts is not None else ():
             cost[site.name] = {part: value if part in parts else 0 for part, value in cost[site.name].items()}
@@ -282,6 +288,8 @@ FC_PARTS: dict[str, tuple[tuple[str, ...], int]] = {
 }
 """Methods that take IGQ's quantizer of softmax rows, so that they differ in the inputs of FC layers alone, each with
 the parts of :data:`bops.PARTS` that its grouping of those inputs costs, and its number of groups."""
+OWN_HEAD = ("ptq4vit",)
+"""Methods that quantize the classifier's input in their own way."""
 ONE_PRODUCT_PARTS = ("base", "range", "distance")
 """What grouped FC inputs cost with power-of-two scales: zero points are taken off the codes, which are then shifted,
 before the one product (neither is counted)."""

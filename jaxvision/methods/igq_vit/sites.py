@@ -55,6 +55,11 @@ class Site:
         return self.kind in ("channels", "rows")
 
     @property
+    def one_token(self) -> bool:
+        """Whether it is the input of an FC layer that sees one token an image, as the classifier's."""
+        return self.kind == "tensor" and self.weight is not None
+
+    @property
     def tokens(self) -> int:
         """N of an FC input (all windows of an image together)."""
         return int(np.prod(self.shape[:-1]))

@@ -163,6 +163,7 @@ class Comparer:
     calibration_images: int
     sqnr_images: int
     observer_batch: int
+    head_groups: int
     export: tuple[str, str]
     devices: Any
 
@@ -170,7 +171,7 @@ class Comparer:
     def read(
         cls, config: Config, members: tuple[int, ...], model: recipes.Model, data: recipes.Data, *, stacked: bool
     ) -> "Comparer":
-        """The fields methods, bits, image_bits, calibration, weights, igq, export, parallel."""
+        """The fields methods, bits, image_bits, head_groups, calibration, weights, igq, export, parallel."""
         igq = config.igq
         settings = Settings(
             max_groups=igq.positive("max_groups"),
@@ -221,6 +222,7 @@ class Comparer:
             calibration_images=count,
             sqnr_images=calibration.positive("sqnr_images", zero=True),
             observer_batch=calibration.positive("observer_batch"),
+            head_groups=config.positive("head_groups", zero=True),
             export=export,
             devices=parallel.create(config.parallel),
         )
@@ -246,6 +248,7 @@ class Comparer:
                 sites=self.sites,
                 weight_policy=self.policy,
                 observer_batch=self.observer_batch,
+                head_groups=self.head_groups,
             )
             self._benches[member] = Bench(context, self.settings)
             predict = functools.partial(simulate.float_forward, self.model.module.apply, context.variables)

@@ -71,6 +71,10 @@ def test_image_head_and_windows():
     assert cost["layers.0.blocks.0.attn.softmax"]["base"] == 2 * 4 * 2 * 9 * 9 * 5 * 36
     assert cost["layers.0.blocks.0.attn.softmax"]["distance"] == 4 * 2 * 9 * 2 * (2 * 32**2 + 3 * 32)
     assert cost["layers.0.blocks.0.attn.proj"] == bops.fc_bops(36, 10, 10, 4, 6, 3)
+    static = bops.network_bops(sites, None, 4, 6, head_groups=4)
+    assert static["head"] == cost["head"] | {"combine": 3 * 7 * (32**2 + 32)}
+    assert static["layers.0.blocks.0.attn.v"] == dict.fromkeys(bops.PARTS, 0)
+    assert bops.network_bops(sites, None, 4, 6, head_groups=64)["head"]["combine"] == 9 * 7 * (32**2 + 32)
     sixteen = bops.network_bops(sites, None, 4, 6, image_bits=16)
     assert sixteen["patch_embed.proj"]["base"] == 8 * 8 * 3 * 10 * 4 * 16
     fixed = bops.network_bops(sites, None, 4, 6)

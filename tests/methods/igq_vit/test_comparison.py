@@ -209,6 +209,26 @@ def test_sequential_calibration_changes_later_sites_alone(bench):
     assert not np.allclose(made[late].bounds, parallel_made[late].bounds, rtol=1e-3)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_head_in_fixed_groups(bench, sequential):
+    """Groups of calibrated ranges err less than one quantizer; nothing but the classifier's input changes."""
+    settings, bits = replace(bench.settings, sequential=sequential), Bits(4, 4, 8)
+    grouped = Bench(replace(bench.context, head_groups=3), settings)
+    whole, made = (each.build("igq4", bits).network.quantizers for each in (Bench(bench.context, settings), grouped))
+    assert made["head"].scale.shape == (16,) and len(np.unique(made["head"].scale)) <= 3
+    for name in set(made) - {"head"}:
+        jax.tree.map(np.testing.assert_array_equal, made[name], whole[name])
+    x = bench.context.activations["head"]
+    error = lambda quantizer: float(np.square(quantizer(x, 6) - x).mean())  # noqa: E731
+    if not sequential:
+        each = Bench(replace(bench.context, head_groups=16), settings).build("igq4", bits).network.quantizers["head"]
+        assert error(each) < error(made["head"]) < error(whole["head"])
+    combine = grouped.build("igq4", bits).bops["bops/combine"] - bench.build("igq4", bits).bops["bops/combine"]
+    assert combine == 2 * 5 * (32**2 + 32)
+    ptq4vit = [each.build("ptq4vit", bits).bops for each in (bench, grouped)]
+    assert ptq4vit[0] == ptq4vit[1]
+
+
 def test_whole_numbers_are_logged_exactly():
     cost = 12_345_678_901
     (number,) = evaluate.compute({"bops/base": judging.Exact.of(cost)}).values()
@@ -239,6 +259,7 @@ def test_the_percentile_is_chosen_by_one_program(bench):
         ("bits", ("4",), "must read like 'W4A4'"),
         ("bits", (44,), "config.bits has 44"),
         ("bits", ("W9A4",), "config.bits has 'W9A4'"),
+        ("head_groups", -1, "config.head_groups=-1"),
         ("image_bits", 17, "config.image_bits=17 must be a whole number from 1 to 16"),
         ("igq.max_groups", 4, "max_groups=4; raise it"),
         ("igq.candidates", (4, 8, 32), "go beyond config.igq.max_groups=8; raise it"),
