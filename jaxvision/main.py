@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from jaxvision.core import host_memory
 from jaxvision.core.errors import ConfigError, JaxvisionError, Preempted, StorageError, unknown
 
 STORAGE_TROUBLE = {
@@ -135,7 +136,8 @@ def make_task(config: Any) -> Any:
 
 
 def _prepare_jax() -> None:
-    """What must be set before the backend starts: the compilation cache, and the cluster where there is one."""
+    """What must be set before the backend starts: memory, the compilation cache, the cluster where there is one."""
+    host_memory.keep_freed_memory()
     # Tracing makes millions of objects that stay: Python's default thresholds look through them again and again.
     gc.set_threshold(100_000, 50, 1000)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxvision" / "xla"

@@ -15,8 +15,6 @@ Numbers with a limit are printed beside it.
 import argparse
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -138,7 +136,7 @@ def step(model: str, batch: int, rounds: int) -> None:
     acls = partial(acls_loss, margin=6.0)
     programs = {"ce": program(cross_entropy), "acls": program(acls)}
     run = lambda name: jax.block_until_ready(programs[name](state, given, jax.random.key(0)))  # noqa: E731
-    seconds = processor_seconds({name: partial(run, name) for name in programs}, rounds)
+    seconds = timing.processor_seconds({name: partial(run, name) for name in programs}, rounds)
     traffic = {name: each.cost_analysis()["bytes accessed"] for name, each in programs.items()}
     logits, labels = example(batch, 10)
     alone = {"ce": compiled(cross_entropy, 0, logits, labels), "acls": compiled(acls, 0, logits, labels)}
@@ -149,20 +147,6 @@ def step(model: str, batch: int, rounds: int) -> None:
     print(f"  memory that the compiled steps touch: {traffic['ce'] / 1e9:.2f} GB, with ACLS {more['bytes']:+.5f} %")
     print(f"  the losses alone, on the clock: {1e6 * alone['ce']:.0f} us, {1e6 * alone['acls']:.0f} us")
     training.verdict("ACLS over cross-entropy, a whole step by processor, %", more["time"], STEP)
-
-
-def processor_seconds(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median processor time of each, over all threads: a busy machine disturbs it less than the clock.
-
-    One round to warm up, then every other round in reverse order.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):
-        for name in list(candidates)[:: -1 if number % 2 else 1]:
-            begin = time.process_time()
-            candidates[name]()
-            taken[name].append(time.process_time() - begin)
-    return {name: statistics.median(values[1:]) for name, values in taken.items()}
 
 
 def main() -> None:

@@ -32,3 +32,17 @@ def interleaved(
             run()
             seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def processor_seconds(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median processor seconds of each candidate, over all threads: a busy machine disturbs them less than the clock.
+
+    For candidates that are nearly alike: one round to warm up, then every other round in reverse order.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name in list(candidates)[:: -1 if number % 2 else 1]:
+            begin = time.process_time()
+            candidates[name]()
+            taken[name].append(time.process_time() - begin)
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}
