@@ -133,14 +133,17 @@ def options(description: str | None, **defaults: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--default_fusions", action="store_true", help="leave XLA its own choice of fusions through YNN")
+    options = parser.parse_args()
     # On a CPU (jaxlib 0.10.2) XLA's fusions through YNN make normalisations faster and the gradients of kernels slower;
-    # with these two kinds alone a step takes 0.55 times as long as by default.
-    flags = "--xla_cpu_experimental_ynn_fusion_type=eltwise,reduce"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    # with these two kinds alone a step takes 0.6 times as long as by default.
+    if not options.default_fusions:
+        flags = "--xla_cpu_experimental_ynn_fusion_type=eltwise,reduce"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     host_memory.keep_freed_memory()
     # PyTorch's threads shall not spin while they wait: where others use the machine, that halves its speed.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    return parser.parse_args()
+    return options
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
