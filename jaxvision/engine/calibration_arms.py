@@ -53,6 +53,8 @@ class Trainer:
       train_size: training examples, for CRL.
       num_bins: of the logged ECE.
       monitor: what is logged besides, from (hyper-parameters) -> :data:`Monitor`; None: nothing.
+      best: ``"evaluation/metric"`` of :meth:`evaluate`, by whose largest value the network that is reported is chosen;
+        '': that of the last step.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class Trainer:
     train_size: int
     num_bins: int
     monitor: Callable[[Mapping[str, Any]], Monitor] | None = None
+    best: str = ""
 
     @property
     def dense(self) -> bool:
@@ -188,6 +191,7 @@ class Trainer:
             schedules={"lr": self.schedule},
             separate=(MONITOR,),
             keep=supervised.variables,
+            best=self.best,
         )
 
 

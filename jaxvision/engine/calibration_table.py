@@ -46,6 +46,7 @@ def _as_json(seed: int, network: Trained) -> dict[str, Any]:
     fitted = network.temperature
     return {
         "seed": seed,
+        **({} if network.step is None else {"step": network.step}),
         "temperature": {"value": fitted.value, "method": fitted.method, "at_bound": fitted.at_bound},
         "validation_nll": fitted.nll_before,
         **network.extras,
@@ -74,7 +75,7 @@ def _table(run: Run, found: Sequence[Row]) -> Table:
     lines = [_line(row) for row in found]
     what = "pixels" if run.dense else "images"
     count = int(found[0].seeds[0].before.measured.top.total)
-    caption = f"{count:,} test {what}, {run.measuring.num_bins} bins, last step of the training"
+    caption = f"{count:,} test {what}, {run.measuring.num_bins} bins, {_networks(run, found)}"
     if len(run.seeds) > 1:
         caption += f"; mean ± standard deviation over {len(run.seeds)} seeds"
     caption += (
@@ -91,6 +92,15 @@ def _table(run: Run, found: Sequence[Row]) -> Table:
             caption += " Neighbouring pixels aren't independent, so that intervals and floors are too narrow here."
     columns = COLUMNS if run.measuring.simulations else COLUMNS[:-1]
     return Table("Calibration, with and without temperature scaling", columns, lines, caption)
+
+
+def _networks(run: Run, found: Sequence[Row]) -> str:
+    """Which networks of the trainings these are."""
+    steps = [network.step for row in found for network in row.seeds]
+    if None in steps:
+        return "last step of the training"
+    first, last = (f"{step / run.trainers[0].per_epoch:.3g}" for step in (min(steps), max(steps)))
+    return f"networks of the best validation accuracy (epochs {first} to {last} of the training)"
 
 
 def _line(row: Row) -> tuple[str, ...]:
