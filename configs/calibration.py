@@ -7,7 +7,8 @@ Fields beside those of ``configs/common.py``:
                 ("mbls"), with others ("acls(margin=8, reference=min)"), with several, a row each, in one program
                 ("mrl(weight=(0, 0.1))"), or a function of one's own ("my_package.my_module:my_loss(strength=2)")
     losses      loss -> its hyper-parameters, as published for the data set; alpha of mixup, mrl and mndcg is that of
-                the Beta distribution, per_sample (mrl, mndcg) draws from it for each image instead of each batch
+                the Beta distribution; of mrl and mndcg, per_sample draws from it for each image instead of each batch,
+                mix is "mixup" or "cutmix", and layer "input" or "features" (in front of the classifier)
     epochs      of each arm; eval_every_epochs: 0: at the end
     choose      the networks that are reported: "last" of each training, or "best_validation", each member's own of the
                 best accuracy on the validation images over all evaluations (the first of equal ones), which is the

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxvision.core.errors import ConfigError
+from jaxvision.core.types import Tap, no_tap
 from jaxvision.data.transforms import IGNORE
 from jaxvision.engine import arms, calibration_passes, supervised
 from jaxvision.engine.calibration_names import Recipe
@@ -29,13 +30,14 @@ Monitor = Callable[[Any, Batch], Metrics]
 
 
 class _NoNetwork:
-    """In the place of a network where only the loss is tried: logits of zeros."""
+    """In the place of a network where only the loss is tried: logits of zeros, from vectors named ``classifier``."""
 
     def __init__(self, outputs: tuple[int, ...]):
         self._outputs = outputs
 
-    def apply(self, variables: Any, images: jax.Array, **_: Any) -> tuple[jax.Array, Any]:
-        return jnp.zeros((len(images), *self._outputs)), {}
+    def apply(self, variables: Any, images: jax.Array, *, tap: Tap = no_tap, **_: Any) -> tuple[jax.Array, Any]:
+        vectors = tap("classifier", jnp.zeros((len(images), 1)))
+        return jnp.zeros((len(vectors), *self._outputs)), {}
 
 
 @dataclass(frozen=True, eq=False)
