@@ -1,4 +1,4 @@
-"""The report of a comparison of calibration losses: one table, the shared figures, every number as JSON and logits."""
+"""The report of a comparison of calibration losses: its tables and figures, every number as JSON, and the logits."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ def make(run: Run, addition: Addition, results: Results) -> Report:
     extra = calibration_extras.table(
         {row.label: [network.extras for network in row.seeds] for row in found}, "".join(run.unknown)
     )
-    tables = (_table(run, found), *([extra] if extra else []), *added.tables)
+    tables = (_table(run, found), *([extra] if extra else []), *added.tables, others(found))
     figures = (*_figures(run, found), *added.figures)
     notes = (*_notes(run, found), *added.notes)
     return Report(run.title, tables, figures, {**summary, **added.summary}, notes, files)
@@ -128,6 +128,26 @@ def _error(row: Row, name: str, *, scaled: bool = False) -> str:
         return text
     low, high = (100 * float(np.mean([getattr(interval, end) for interval in each])) for end in ("low", "high"))
     return f"{text} [{low:.1f}, {high:.1f}]"
+
+
+OTHERS = (
+    ("classwise ECE %", "classwise_ece", False, {"scale": 100, "digits": 3}),
+    ("MCE %", "mce", False, {"scale": 100}),
+    ("Brier", "brier", False, {"digits": 3}),
+    ("adaptive ECE at T %", "adaptive_ece", True, {"scale": 100}),
+    ("classwise ECE at T %", "classwise_ece", True, {"scale": 100, "digits": 3}),
+    ("NLL at T", "nll", True, {"digits": 3}),
+)
+"""Title, value, whether at the temperature, and how it is written."""
+
+
+def others(found: Sequence[Row]) -> Table:
+    """What else the papers' tables hold."""
+    lines = [
+        (row.label, *(spread(row.values(name, scaled=at_t), **written) for _, name, at_t, written in OTHERS))
+        for row in found
+    ]
+    return Table("Other errors", ("loss", *(title for title, *_ in OTHERS)), lines)
 
 
 def _notes(run: Run, found: Sequence[Row]) -> tuple[str, ...]:

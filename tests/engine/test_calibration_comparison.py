@@ -62,6 +62,8 @@ def test_the_report_has_what_tool_and_reader_need(tmp_path):
     assert len(report.tables[0].columns) == len(report.tables[0].rows[0]) == 8
     # Without a step all arms of a seed are the same network.
     assert len({row[1:] for row in report.tables[0].rows}) == 1
+    other = report.tables[-1]
+    assert [row[0] for row in other.rows] == labels and {len(row) for row in other.rows} == {len(other.columns)}
     assert {"sweep_acls_margin_0.1_9", "reliability", "reliability_scaled", "confidence"} <= {
         figure.name for figure in report.figures
     }
@@ -77,6 +79,15 @@ def test_the_report_has_what_tool_and_reader_need(tmp_path):
     assert report.summary["ce/ece"] == pytest.approx(
         np.mean([n["before"]["metrics"]["ece"]["value"] for n in numbers["ce"]])
     )
+    for title, when, name, scale in (
+        ("classwise ECE %", "before", "classwise_ece", 100),
+        ("classwise ECE at T %", "after", "classwise_ece", 100),
+        ("adaptive ECE at T %", "after", "adaptive_ece", 100),
+        ("Brier", "before", "brier", 1),
+    ):
+        shown = other.rows[0][other.columns.index(title)].split(" ± ")[0]
+        mean = scale * np.mean([n[when]["metrics"][name]["value"] for n in numbers["ce"]])
+        assert float(shown) == pytest.approx(mean, abs=0.051 if "adaptive" in title else 0.00051)
     assert report.notes[0] == "Smallest NLL of the validation images before scaling: ce."
 
 

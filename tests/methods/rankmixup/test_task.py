@@ -129,4 +129,4 @@ def test_images_sorted_by_class_are_sampled_and_one_class_has_no_curve(tmp_path,
     object.__setattr__(built.report.args[0].data.eval, "source", alike)
     made = built.report(untrained(built, tmp_path))
     assert "mixing" not in {figure.name for figure in made.figures}
-    assert any("is of two classes" in note for note in made.notes) and len(made.tables) == 2
+    assert any("is of two classes" in note for note in made.notes) and len(made.tables) == 3
