@@ -1,8 +1,9 @@
 """The one loop: folds the stages of a task, logging, evaluating and saving as functions of the step alone.
 
 At each step boundary, in this order: a row for metrics.jsonl if it is time, evaluations if it is time (and what they
-leave in the state, ``Eval.remember``), a checkpoint if it is time. A checkpoint holds the state, the metric sums since the last row, and how many rows had
-been written, so a run that is killed anywhere and started again writes the same rows and ends in the same state.
+leave in the state, ``Eval.remember``), a checkpoint if it is time. A checkpoint holds the state, the metric sums since
+the last row, and how many rows had been written, so a run that is killed anywhere and started again writes the same
+rows and ends in the same state.
 
 A signal is answered at step boundaries, and between the batches of an evaluation: its step is then saved without the
 evaluation's rows, and the next start begins by evaluating.
