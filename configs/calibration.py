@@ -7,8 +7,12 @@ Fields beside those of ``configs/common.py``:
                 ("mbls"), with others ("acls(margin=8, reference=min)"), with several, a row each, in one program
                 ("mrl(weight=(0, 0.1))"), or a function of one's own ("my_package.my_module:my_loss(strength=2)")
     losses      loss -> its hyper-parameters, as published for the data set; alpha of mixup, mrl and mndcg is that of
-                the Beta distribution, per_sample (mrl, mndcg) draws from it for each image instead of each batch
+                the Beta distribution; of mrl and mndcg, per_sample draws from it for each image instead of each batch,
+                mix is "mixup" or "cutmix", and layer "input" or "features" (in front of the classifier)
     epochs      of each arm; eval_every_epochs: 0: at the end
+    choose      the networks that are reported: "last" of each training, or "best_validation", each member's own of the
+                best accuracy on the validation images over all evaluations (the first of equal ones), which is the
+                official protocol; test images are then looked at in the report alone
     num_bins    of all calibration errors
     simulations draws of the noise floors and resamples of the intervals; 0: neither
     temperature how it is fitted on the data.validation_size images that are held out: "exact"
@@ -40,7 +44,8 @@ def base(
     config.seeds = (0,)
     config.arms = arms
     config.losses = ConfigDict({name: spec.defaults(data.source) for name, spec in registry.LOSSES.items()})
-    config.epochs, config.eval_every_epochs = 200.0, 5.0
+    config.epochs, config.eval_every_epochs = 200.0, 1.0
+    config.choose = "best_validation"
     config.data, config.model, config.optimizer = data, model, optimizer
     config.num_bins, config.simulations = 15, 200
     config.temperature = "exact"
@@ -76,6 +81,7 @@ def digits(method: str, arms: tuple[str, ...], *, noise: float = NOISE) -> Confi
     )
     config.seeds = (0, 1, 2, 3)
     config.epochs, config.eval_every_epochs = 40.0, 0.0
+    config.choose = "last"
     config.how = "vmap"
     return config
 
@@ -107,6 +113,7 @@ def cifar10_subset(method: str, arms: tuple[str, ...]) -> ConfigDict:
     )
     config.seeds = (0, 1, 2)
     config.epochs, config.eval_every_epochs = 40.0, 0.0
+    config.choose = "last"
     config.how = "call"
     return config
 
@@ -114,8 +121,7 @@ def cifar10_subset(method: str, arms: tuple[str, ...]) -> ConfigDict:
 def cifar(method: str, arms: tuple[str, ...], network: str, num_classes: int = 10) -> ConfigDict:
     """200 epochs, rate 0.1 divided by 10 after 80 and 120; the published split; temperatures by the grid.
 
-    The official code tests the network of the best validation accuracy; here it is that of the last step. It drops the
-    last, smaller batch of CIFAR-10 and keeps that of CIFAR-100; here batches have one size.
+    The official code drops the last, smaller batch of CIFAR-10 and keeps that of CIFAR-100; here batches have one size.
     """
     split = {"validation_size": 5000, "validation_rule": "shuffle", "validation_seed": 1}
     config = base(
@@ -134,8 +140,8 @@ def cifar(method: str, arms: tuple[str, ...], network: str, num_classes: int = 1
 def cifar_long_tail(method: str, arms: tuple[str, ...], num_classes: int, imbalance: float) -> ConfigDict:
     """The recipe of CIFAR for ResNet-32 on long-tailed CIFAR with class-aware sampling, for all losses alike.
 
-    The official code fits the temperature on the test images; here on 1,000 of the training images, which are
-    long-tailed as these are.
+    The official code chooses networks and fits temperatures on the test images; here on 1,000 of the training images,
+    which are long-tailed as these are.
     """
     config = cifar(method, arms, "resnet32", num_classes)
     options = {"batch_size": 128, "eval_batch_size": 500, "validation_size": 1000, **CIFAR_STATISTICS}
@@ -185,7 +191,8 @@ def voc(method: str, arms: tuple[str, ...]) -> ConfigDict:
     It starts from ImageNet weights of a ResNet-50: ``model.init_from`` a torchvision file, ``model.init_keep``
     ``('decoder', 'segmentation_head')``. Rates and epochs are second-hand. 293 of the 1,464 training images are held
     out to fit on, as CALS does; the official code fits on what it reports. It averages the errors of batches of 8; here
-    they are those of all pixels. Their logits, many gigabytes, aren't written.
+    they are those of all pixels. Their logits, many gigabytes, aren't written. The last step is tested, as RankMixup's
+    segmentation trainer does; that of MbLS takes the best validation mIoU.
     """
     config = base(
         method,
@@ -196,7 +203,7 @@ def voc(method: str, arms: tuple[str, ...]) -> ConfigDict:
         log_every=20,
         save_every=730,
     )
-    config.epochs = 100.0
+    config.epochs, config.eval_every_epochs, config.choose = 100.0, 5.0, "last"
     config.temperature = "grid_nll"
     config.ignore_labels = (0,)
     config.save_logits = False
@@ -224,6 +231,7 @@ def scenes(method: str, arms: tuple[str, ...]) -> ConfigDict:
     )
     config.seeds = (0, 1, 2)
     config.epochs, config.eval_every_epochs = 10.0, 0.0
+    config.choose = "last"
     config.save_logits = False
     config.how = "call"
     return config

@@ -44,16 +44,22 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "cifar10_subset":
         return common.finish(calibration.cifar10_subset("rankmixup", SHORT_ARMS))
     if preset in CIFAR:
-        return common.finish(calibration.cifar("rankmixup", PAPER_ARMS, *CIFAR[preset]))
+        return recipe(calibration.cifar("rankmixup", PAPER_ARMS, *CIFAR[preset]))
     if preset in LONG_TAIL:
-        return common.finish(calibration.cifar_long_tail("rankmixup", PAPER_ARMS, *LONG_TAIL[preset]))
+        return recipe(calibration.cifar_long_tail("rankmixup", PAPER_ARMS, *LONG_TAIL[preset]))
     if preset in TINY:
-        return common.finish(calibration.tiny_imagenet("rankmixup", PAPER_ARMS, TINY[preset]))
+        return recipe(calibration.tiny_imagenet("rankmixup", PAPER_ARMS, TINY[preset]))
     if preset == "imagenet_resnet50":
         return imagenet()
     if preset == "cub_resnet50":
-        return common.finish(calibration.cub("rankmixup", PAPER_ARMS))
+        return recipe(calibration.cub("rankmixup", PAPER_ARMS))
     raise common.unknown_preset(preset, PRESETS)
+
+
+def recipe(config: ConfigDict) -> ConfigDict:
+    """A recipe of the paper, whose official code smooths labels more than that of MbLS and ACLS."""
+    config.losses.label_smoothing.epsilon = 0.2
+    return common.finish(config)
 
 
 def imagenet() -> ConfigDict:
@@ -61,7 +67,7 @@ def imagenet() -> ConfigDict:
     config = calibration.imagenet("rankmixup", PAPER_ARMS)
     config.losses.mrl.update({"alpha": 1.0, "margin": 1.0})
     config.losses.mndcg.alpha = 1.0
-    return common.finish(config)
+    return recipe(config)
 
 
 def smoke() -> ConfigDict:

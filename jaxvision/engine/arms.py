@@ -13,9 +13,8 @@ mean and spread of them, with the setting chosen on one evaluation and judged on
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,8 +23,10 @@ import numpy as np
 import optax
 
 from jaxvision.core.config import Config
-from jaxvision.core.errors import ConfigError
+from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine import seeds as seed_axis
+from jaxvision.engine.arm import Arm
+from jaxvision.engine.best_so_far import BestSoFar
 from jaxvision.engine.report import Results
 from jaxvision.engine.task import Batch, Eval, EvalData, Metrics, Stage, State, TrainData
 
@@ -39,57 +40,8 @@ STREAM = "arm"
 """The stream of random numbers (``Stage.stream``) of all arms but those that pretrain."""
 KEPT = "kept"
 """``State.extra`` of what finished arms left: name of the arm -> a tree with leaves [members, ...]."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One training of an arm: the position of its seed, and the values of its setting."""
-
-    seed: int
-    setting: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """``lr=0.1``, the same for every seed."""
-        return ", ".join(f"{name}={value:g}" for name, value in self.setting.items())
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train.
-
-    Attributes:
-      name: of the stage and of the row in the table.
-      begin: ``(variables, setting, key) -> State`` of one member; ``setting`` holds float32 () arrays that are the
-        state's ``extra["setting"]`` too. Traceable.
-      step: the step of one member.
-      steps: how many.
-      evaluate: ``(state, batch) -> metrics`` of one member.
-      grid: name -> the values a member may have; all combinations are tried.
-      schedules: logged values.
-      separate: training metrics whose name starts with one of these are logged for each member, as ``name_0``, ...;
-        the others are means over the members.
-      keep: ``state -> tree`` of a finished member, for the report; see :func:`kept`.
-      pretrains: the arms after this one start from what it trained. It has no grid.
-      check: host function of a member's state as ``begin`` made it; raises where its values can't work.
-    """
-
-    name: str
-    begin: Callable[[Any, Mapping[str, jax.Array], jax.Array], State]
-    step: Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
-    steps: int
-    evaluate: Callable[[State, Batch], Metrics]
-    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    schedules: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
-    separate: tuple[str, ...] = ()
-    keep: Callable[[State], Any] | None = None
-    pretrains: bool = False
-    check: Callable[[State], None] | None = None
-
-    def members(self, seeds: Sequence[int]) -> tuple[Member, ...]:
-        """All trainings: for each setting every seed."""
-        settings = [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
-        return tuple(Member(index, setting) for setting in settings for index in range(len(seeds)))
+BEST = "best"
+"""``State.extra`` of an arm that keeps its members' best (``Arm.best``): a ``BestSoFar`` of them."""
 
 
 def check_seeds(config: Config) -> tuple[int, ...]:
@@ -140,6 +92,9 @@ def stage(
     members = arm.members(seeds)
     owners = tuple(seeds[member.seed] for member in members)
     over = functools.partial(seed_axis.over, how="map" if how == "call" else how)
+    chooses, _, score = arm.best.partition("/")
+    if arm.best and chooses not in evals:
+        raise unknown(f"arm {arm.name!r}: the evaluation in best", chooses, evals)
 
     def begin(state: State, key: jax.Array) -> State:
         index = np.asarray([member.seed for member in members])
@@ -155,7 +110,8 @@ def stage(
             return fresh.replace(step=None, extra={**fresh.extra, SETTING: setting})
 
         new = over(one, (start, settings, keys))
-        return new.replace(step=state.step, extra={**new.extra, **common})
+        best = {BEST: BestSoFar.of_none(jax.vmap(arm.keep)(new))} if arm.best else {}
+        return new.replace(step=state.step, extra={**new.extra, **common, **best})
 
     if how == "call":
         run = seed_axis.call_seeds(arm.step, owners, separate=arm.separate)
@@ -175,6 +131,12 @@ def stage(
             f"{name}_{index}": seed_axis.member(each[name], index) for name in each for index in range(len(members))
         }
 
+    def remember(state: State, metrics: Metrics) -> State:
+        scores = [metrics[f"{score}_{index}"].compute() for index in range(len(members))]
+        now = jax.vmap(arm.keep)(_split(state)[0].replace(step=None))
+        best = state.extra[BEST].after(jnp.stack(scores), state.step, now)
+        return state.replace(extra={**state.extra, BEST: best})
+
     def check(state: State) -> None:
         state = jax.device_get(_split(state)[0].replace(step=None))
         for index in range(len(members)):
@@ -187,7 +149,10 @@ def stage(
         step,
         begin=begin,
         check=None if arm.check is None else check,
-        evals={name: Eval(batches, evaluate, every) for name, batches in evals.items()},
+        evals={
+            name: Eval(batches, evaluate, every, remember if name == chooses else None)
+            for name, batches in evals.items()
+        },
         compiled=how != "call",
         traceable=True,
         schedules=arm.schedules,
@@ -197,16 +162,17 @@ def stage(
 
 
 def _split(state: State) -> tuple[State, dict[str, Any]]:
-    """The members' states, and what is common to all of a run."""
-    common = {name: state.extra[name] for name in (START, KEPT) if name in state.extra}
-    return state.replace(extra={name: tree for name, tree in state.extra.items() if name not in common}), common
+    """The members' states as their steps see them, and the rest of ``extra``."""
+    apart = {name: state.extra[name] for name in (START, KEPT, BEST) if name in state.extra}
+    return state.replace(extra={name: tree for name, tree in state.extra.items() if name not in apart}), apart
 
 
 def _handed_on(state: State, after: Arm | None) -> dict[str, Any]:
     """What is common to all of a run, once the arm ``after`` is done."""
     state, common = _split(state)
+    best = common.pop(BEST, None)
     if after is not None and after.keep is not None:
-        left = jax.vmap(after.keep)(state.replace(step=None))
+        left = jax.vmap(after.keep)(state.replace(step=None)) if best is None else best
         common = {**common, KEPT: {**common.get(KEPT, {}), after.name: left}}
     if after is not None and after.pretrains:
         common = {**common, START: {"params": state.params, **state.model_state}}
@@ -215,7 +181,14 @@ def _handed_on(state: State, after: Arm | None) -> dict[str, Any]:
 
 def kept(state: State, last: Arm) -> dict[str, Any]:
     """What the arms of a finished run left, by name; ``last`` is the one that ran last, whose state this is."""
-    return _handed_on(state, last).get(KEPT, {})
+    left = _handed_on(state, last).get(KEPT, {})
+    return {name: tree.tree if isinstance(tree, BestSoFar) else tree for name, tree in left.items()}
+
+
+def best_steps(state: State, last: Arm) -> dict[str, Any]:
+    """The steps of the run, int32 [members], at which arms kept their members' best, by name; arguments of `kept`."""
+    left = _handed_on(state, last).get(KEPT, {})
+    return {name: tree.step for name, tree in left.items() if isinstance(tree, BestSoFar)}
 
 
 def start_state(init: Callable[[jax.Array], Any], seeds: Sequence[int], key: jax.Array) -> State:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxvision.core.errors import ConfigError
+from jaxvision.core.types import Tap, no_tap
 from jaxvision.data.transforms import IGNORE
 from jaxvision.engine import arms, calibration_passes, supervised
 from jaxvision.engine.calibration_names import Recipe
@@ -29,13 +30,14 @@ Monitor = Callable[[Any, Batch], Metrics]
 
 
 class _NoNetwork:
-    """In the place of a network where only the loss is tried: logits of zeros."""
+    """In the place of a network where only the loss is tried: logits of zeros, from vectors named ``classifier``."""
 
     def __init__(self, outputs: tuple[int, ...]):
         self._outputs = outputs
 
-    def apply(self, variables: Any, images: jax.Array, **_: Any) -> tuple[jax.Array, Any]:
-        return jnp.zeros((len(images), *self._outputs)), {}
+    def apply(self, variables: Any, images: jax.Array, *, tap: Tap = no_tap, **_: Any) -> tuple[jax.Array, Any]:
+        vectors = tap("classifier", jnp.zeros((len(images), 1)))
+        return jnp.zeros((len(vectors), *self._outputs)), {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class Trainer:
       train_size: training examples, for CRL.
       num_bins: of the logged ECE.
       monitor: what is logged besides, from (hyper-parameters) -> :data:`Monitor`; None: nothing.
+      best: ``"evaluation/metric"`` of :meth:`evaluate`, by whose largest value the network that is reported is chosen;
+        '': that of the last step.
     """
 
     recipe: Recipe
@@ -66,6 +70,7 @@ class Trainer:
     train_size: int
     num_bins: int
     monitor: Callable[[Mapping[str, Any]], Monitor] | None = None
+    best: str = ""
 
     @property
     def dense(self) -> bool:
@@ -188,6 +193,7 @@ class Trainer:
             schedules={"lr": self.schedule},
             separate=(MONITOR,),
             keep=supervised.variables,
+            best=self.best,
         )
 
 

@@ -26,6 +26,9 @@ from jaxvision.metrics.long_tail import groups_by_rank
 from jaxvision.models import zoo
 from jaxvision.optim import schedules
 
+VALIDATION, TEST = "validation", "test"
+CHOICES = {"last": "", "best_validation": f"{VALIDATION}/accuracy"}
+"""What ``config.choose`` may be -> ``Trainer.best``."""
 _PART = 256
 """Label maps that are looked at together."""
 
@@ -44,18 +47,24 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
     Raises:
       ConfigError, DataError: anything in it that can't work.
     """
-    seeds = arms.check_seeds(config)
+    seeds, best = arms.check_seeds(config), CHOICES[config.one_of("choose", tuple(CHOICES))]
     chosen = _recipes(config)
     index = any(recipe.spec.needs == "history" for recipe in chosen)
     data = recipes.build_data(config.data, config.seed, zoo.spec(config.model.name), index=index)
     model = recipes.build_model(config.model, data)
     outputs = jax.eval_shape(lambda: model.module.init_with_output(jax.random.key(0), model.image)[0]).shape[1:]
     dense = len(outputs) > 1
-    measuring, unknown = _measuring(config, data, dense=dense), _unknown(config, data, dense=dense)
+    unknown = _unknown(config, data, dense=dense)
+    measuring = _measuring(config, data, dense=dense, chosen=bool(best))
     _check_labels(data, outputs)
     per_epoch = data.train.steps_per_epoch
     steps = max(schedules.epochs_to_steps(config.positive("epochs"), per_epoch), 1)
     every = round(config.positive("eval_every_epochs", zero=True) * per_epoch)
+    if best and not every:
+        raise ConfigError(
+            f"config.choose={config.choose!r} takes the best of several evaluations, but config.eval_every_epochs="
+            f"{config.eval_every_epochs} evaluates at the end alone; set it to 1"
+        )
     optimizer = recipes.build_optimizer(config.optimizer, steps, per_epoch)
     if optimizer.accumulate != 1:
         raise ConfigError(
@@ -73,6 +82,7 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
         per_epoch=per_epoch,
         train_size=data.train_examples.num_examples,
         num_bins=measuring.num_bins,
+        best=best,
     )
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), data.train.batch_at(0))
     for trainer in trainers:
@@ -82,7 +92,8 @@ def make(config: Config, name: str, title: str, *, monitors: Monitors, addition:
         ways,
         seeds,
         [data.train.with_seed(seed) for seed in seeds],
-        {"validation": data.validation, "test": data.eval},
+        # Test images would be evaluated with networks that the report has nothing of.
+        {VALIDATION: data.validation} if best else {VALIDATION: data.validation, TEST: data.eval},
         every=every,
         how=config.one_of("how", HOW),
     )
@@ -122,7 +133,7 @@ def _recipes(config: Config) -> tuple[Recipe, ...]:
     return found
 
 
-def _measuring(config: Config, data: recipes.Data, *, dense: bool) -> Measuring:
+def _measuring(config: Config, data: recipes.Data, *, dense: bool, chosen: bool) -> Measuring:
     measuring = Measuring(
         num_bins=config.positive("num_bins"),
         simulations=config.positive("simulations", zero=True),
@@ -144,9 +155,8 @@ def _measuring(config: Config, data: recipes.Data, *, dense: bool) -> Measuring:
             "judged, and temperatures fitted, on images that they are reported on; name another split"
         )
     if data.validation is None:
-        raise ConfigError(
-            f"{where} is 0, but each loss's temperature is fitted on a validation split; hold some training images out"
-        )
+        what = "network is chosen and its temperature fitted" if chosen else "temperature is fitted"
+        raise ConfigError(f"{where} is 0, but each loss's {what} on a validation split; hold some training images out")
     if data.validation.num_examples < 2 or data.eval.num_examples < 2:
         counts = data.validation.num_examples, data.eval.num_examples
         raise ConfigError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.engine import arms
+from jaxvision.engine.arm import Member
 from jaxvision.losses import registry
 from jaxvision.losses.registry import LossSpec
 
@@ -41,7 +41,7 @@ class Recipe:
     mixing: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
-    def label(self, member: arms.Member) -> str:
+    def label(self, member: Member) -> str:
         """The row of a member's setting in the table: ``acls(margin=6)``."""
         if not self.grid:
             return self.text

@@ -87,6 +87,7 @@ class Trained:
       temperature: fitted on the validation rows.
       before, after: the test rows measured as they are, and at that temperature.
       extras: what is reported beside calibration, by name.
+      step: of its arm, after which it was chosen; None: the last.
     """
 
     variables: Any
@@ -96,6 +97,7 @@ class Trained:
     before: Assessment
     after: Assessment
     extras: dict[str, float] = field(default_factory=dict)
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,17 +149,19 @@ def rows(run: Run, results: Results) -> list[Row]:
       DataError: the data's validation and test images are the same.
     """
     left, found = arms.kept(results.state, run.ways[-1]), []
+    steps = arms.best_steps(results.state, run.ways[-1])
     for trainer, way in zip(run.trainers, run.ways):
         members = way.members(run.seeds)
         for label in dict.fromkeys(each.label for each in members):
             places = tuple(place for place, each in enumerate(members) if each.label == label)
-            networks = tuple(_trained(run, member(left[way.name], place)) for place in places)
+            chosen = [int(steps[way.name][place]) - trainer.offset if steps else None for place in places]
+            networks = tuple(_trained(run, member(left[way.name], p), step) for p, step in zip(places, chosen))
             first = members[places[0]]
             found.append(Row(trainer.recipe.label(first), trainer, dict(first.setting), places, networks))
     return found
 
 
-def _trained(run: Run, variables: Any) -> Trained:
+def _trained(run: Run, variables: Any, step: int | None) -> Trained:
     predictions = functools.partial(_predictions, run, jax.device_put(variables))
     ignored = (IGNORE, *run.measuring.ignore) if run.dense else ()
     validation = predictions(run.data.validation, "the logits of the validation images", ignored)
@@ -172,7 +176,7 @@ def _trained(run: Run, variables: Any) -> Trained:
         extras |= calibration_extras.of_pixels(everywhere)
     for name, data in run.unknown.items():
         extras |= calibration_extras.of_unknown(test, predictions(data, f"the logits of {name}"), temperature.scaling)
-    return Trained(variables, validation, test, temperature, before, after, extras)
+    return Trained(variables, validation, test, temperature, before, after, extras, step)
 
 
 def _predictions(run: Run, variables: Any, data: EvalBatches, title: str, ignored: tuple[int, ...] = ()) -> Rows:

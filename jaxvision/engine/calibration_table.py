@@ -1,4 +1,4 @@
-"""The report of a comparison of calibration losses: one table, the shared figures, every number as JSON and logits."""
+"""The report of a comparison of calibration losses: its tables and figures, every number as JSON, and the logits."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ def make(run: Run, addition: Addition, results: Results) -> Report:
     extra = calibration_extras.table(
         {row.label: [network.extras for network in row.seeds] for row in found}, "".join(run.unknown)
     )
-    tables = (_table(run, found), *([extra] if extra else []), *added.tables)
+    tables = (_table(run, found), *([extra] if extra else []), *added.tables, others(found))
     figures = (*_figures(run, found), *added.figures)
     notes = (*_notes(run, found), *added.notes)
     return Report(run.title, tables, figures, {**summary, **added.summary}, notes, files)
@@ -46,6 +46,7 @@ def _as_json(seed: int, network: Trained) -> dict[str, Any]:
     fitted = network.temperature
     return {
         "seed": seed,
+        **({} if network.step is None else {"step": network.step}),
         "temperature": {"value": fitted.value, "method": fitted.method, "at_bound": fitted.at_bound},
         "validation_nll": fitted.nll_before,
         **network.extras,
@@ -74,7 +75,7 @@ def _table(run: Run, found: Sequence[Row]) -> Table:
     lines = [_line(row) for row in found]
     what = "pixels" if run.dense else "images"
     count = int(found[0].seeds[0].before.measured.top.total)
-    caption = f"{count:,} test {what}, {run.measuring.num_bins} bins, last step of the training"
+    caption = f"{count:,} test {what}, {run.measuring.num_bins} bins, {_networks(run, found)}"
     if len(run.seeds) > 1:
         caption += f"; mean ± standard deviation over {len(run.seeds)} seeds"
     caption += (
@@ -91,6 +92,15 @@ def _table(run: Run, found: Sequence[Row]) -> Table:
             caption += " Neighbouring pixels aren't independent, so that intervals and floors are too narrow here."
     columns = COLUMNS if run.measuring.simulations else COLUMNS[:-1]
     return Table("Calibration, with and without temperature scaling", columns, lines, caption)
+
+
+def _networks(run: Run, found: Sequence[Row]) -> str:
+    """Which networks of the trainings these are."""
+    steps = [network.step for row in found for network in row.seeds]
+    if None in steps:
+        return "last step of the training"
+    first, last = (f"{step / run.trainers[0].per_epoch:.3g}" for step in (min(steps), max(steps)))
+    return f"networks of the best validation accuracy (epochs {first} to {last} of the training)"
 
 
 def _line(row: Row) -> tuple[str, ...]:
@@ -118,6 +128,26 @@ def _error(row: Row, name: str, *, scaled: bool = False) -> str:
         return text
     low, high = (100 * float(np.mean([getattr(interval, end) for interval in each])) for end in ("low", "high"))
     return f"{text} [{low:.1f}, {high:.1f}]"
+
+
+OTHERS = (
+    ("classwise ECE %", "classwise_ece", False, {"scale": 100, "digits": 3}),
+    ("MCE %", "mce", False, {"scale": 100}),
+    ("Brier", "brier", False, {"digits": 3}),
+    ("adaptive ECE at T %", "adaptive_ece", True, {"scale": 100}),
+    ("classwise ECE at T %", "classwise_ece", True, {"scale": 100, "digits": 3}),
+    ("NLL at T", "nll", True, {"digits": 3}),
+)
+"""Title, value, whether at the temperature, and how it is written."""
+
+
+def others(found: Sequence[Row]) -> Table:
+    """What else the papers' tables hold."""
+    lines = [
+        (row.label, *(spread(row.values(name, scaled=at_t), **written) for _, name, at_t, written in OTHERS))
+        for row in found
+    ]
+    return Table("Other errors", ("loss", *(title for title, *_ in OTHERS)), lines)
 
 
 def _notes(run: Run, found: Sequence[Row]) -> tuple[str, ...]:

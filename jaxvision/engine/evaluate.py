@@ -1,13 +1,41 @@
 """Evaluation as a fold of sums: every example counted once, for every batch size and device count."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxvision.core import devices
+from jaxvision.engine.interrupt import Interrupt
 from jaxvision.engine.parallel import Parallel, pad_rows
+from jaxvision.engine.task import Batch, EvalData
+
+
+class Interrupted(Exception):
+    """A signal came between the batches of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Interruptible:
+    """Evaluation batches that end with :class:`Interrupted` at a signal; several hosts ask at step boundaries only."""
+
+    data: EvalData
+    interrupt: Interrupt
+
+    @property
+    def num_batches(self) -> int:
+        return self.data.num_batches
+
+    @property
+    def batch_size(self) -> int:
+        return self.data.batch_size
+
+    def batch_at(self, index: int, shard_index: int = 0, shard_count: int = 1) -> Batch:
+        if self.interrupt.requested(False):
+            raise Interrupted
+        return self.data.batch_at(index, shard_index, shard_count)
 
 
 class Evaluator:

@@ -1,8 +1,9 @@
 """The one loop: folds the stages of a task, logging, evaluating and saving as functions of the step alone.
 
-At each step boundary, in this order: a row for metrics.jsonl if it is time, evaluations if it is time, a
-checkpoint if it is time. A checkpoint holds the state, the metric sums since the last row, and how many rows had
-been written, so a run that is killed anywhere and started again writes the same rows and ends in the same state.
+At each step boundary, in this order: a row for metrics.jsonl if it is time, evaluations if it is time (and what they
+leave in the state, ``Eval.remember``), a checkpoint if it is time. A checkpoint holds the state, the metric sums since
+the last row, and how many rows had been written, so a run that is killed anywhere and started again writes the same
+rows and ends in the same state.
 
 A signal is answered at step boundaries, and between the batches of an evaluation: its step is then saved without the
 evaluation's rows, and the next start begins by evaluating.
@@ -10,7 +11,6 @@ evaluation's rows, and the next start begins by evaluating.
 
 import contextlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from jaxvision.engine.prefetch import prefetch
 from jaxvision.engine.progress import Progress, brief
 from jaxvision.engine.report import Results
 from jaxvision.engine.runinfo import CHECKPOINTS
-from jaxvision.engine.task import Batch, Eval, EvalData, Metrics, Stage, Task
+from jaxvision.engine.task import Eval, Metrics, Stage, Task
 from jaxvision.engine.tensorboard import Events
 
 
@@ -63,31 +63,6 @@ def run(
         return stack.enter_context(_Run(plan, options, directory, parallel, progress, interrupt)).everything()
 
 
-class _Interrupted(Exception):
-    """A signal came between the batches of an evaluation."""
-
-
-@dataclass(frozen=True)
-class _Interruptible:
-    """Evaluation batches that end with :class:`_Interrupted` at a signal; several hosts ask at step boundaries only."""
-
-    data: EvalData
-    interrupt: Interrupt
-
-    @property
-    def num_batches(self) -> int:
-        return self.data.num_batches
-
-    @property
-    def batch_size(self) -> int:
-        return self.data.batch_size
-
-    def batch_at(self, index: int, shard_index: int = 0, shard_count: int = 1) -> Batch:
-        if self.interrupt.requested(False):
-            raise _Interrupted
-        return self.data.batch_at(index, shard_index, shard_count)
-
-
 class _Run:
     """One process's work on a run; see :func:`run`."""
 
@@ -106,6 +81,7 @@ class _Run:
         self.saved_step = -1
         self.owes_evaluation = False
         self._evaluators: dict[Any, evaluate.Evaluator] = {}
+        self._memories: dict[Any, Any] = {}
         self._flags = jax.jit(trees.nonfinite_flags)
 
     def __enter__(self) -> "_Run":
@@ -130,7 +106,7 @@ class _Run:
             if step > last or (step == last and stage.steps and not self.owes_evaluation):
                 continue
             if self.owes_evaluation:
-                self._evaluate(stage, step, step - first, state, sums)
+                state, _ = self._evaluate(stage, step, step - first, state, sums)
                 self.owes_evaluation = False
                 if step == last:
                     continue
@@ -187,9 +163,9 @@ class _Run:
                 self._time(stage, first + local, {"steps_per_second": (first + local - since) / seconds})
                 clock, since = time.monotonic(), first + local
             self.progress.advance(local, stage.label(local) if stage.label else "", metrics)
-            self._boundary(stage, first + local, local, state, sums)
+            state = self._boundary(stage, first + local, local, state, sums)
         if not stage.steps:
-            self._evaluate(stage, first, 0, state, sums)
+            state, _ = self._evaluate(stage, first, 0, state, sums)
         return state
 
     def _fold_python(self, index: int, stage: Stage, state: Any, sums: Any, step: int) -> Any:
@@ -211,7 +187,7 @@ class _Run:
             self._append(stage, first + local + 1, "train", numbers)
             self._time(stage, first + local + 1, {"seconds": time.monotonic() - begin, **times})
             self.progress.advance(local + 1, metrics=numbers)
-            self._boundary(stage, first + local + 1, local + 1, state, sums)
+            state = self._boundary(stage, first + local + 1, local + 1, state, sums)
         return state
 
     def _log(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> dict[str, float]:
@@ -231,14 +207,15 @@ class _Run:
     def _time(self, stage: Stage, step: int, numbers: dict[str, float]) -> None:
         self.timings.append({"step": step, "stage": stage.name, **numbers})
 
-    def _boundary(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> None:
-        """Evaluates, saves and stops, each when it is due."""
-        scored = self._evaluate(stage, step, local, state, sums)
+    def _boundary(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> Any:
+        """Evaluates, saves and stops, each when it is due; the state with what evaluations left in it."""
+        state, scored = self._evaluate(stage, step, local, state, sums)
         stop = self.interrupt.requested(local % self.options.log_every == 0 or not stage.compiled)
         if stop or scored or local % self.options.save_every == 0 or local == stage.steps:
             self._save(stage, step, state, sums, self._meta(), self.score if scored else None)
         if stop:
             self._stop(step)
+        return state
 
     def _stop(self, step: int) -> None:
         self.checkpoints.wait()
@@ -247,8 +224,12 @@ class _Run:
             f"{self.directory}; the same command continues"
         )
 
-    def _evaluate(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> bool:
-        """Runs the evaluations that are due; True when one of them gave the score of the best checkpoint."""
+    def _evaluate(self, stage: Stage, step: int, local: int, state: Any, sums: Any) -> tuple[Any, bool]:
+        """Runs the evaluations that are due.
+
+        Returns:
+          The state with what they left in it, and whether one of them gave the score of the best checkpoint.
+        """
         due = {
             name: evaluation
             for name, evaluation in stage.evals.items()
@@ -256,14 +237,27 @@ class _Run:
         }
         before = {**self._meta(), "owes_evaluation": True}
         try:
-            return self._evaluate_all(stage, step, local, state, due)
-        except _Interrupted:
+            scored, found = self._evaluate_all(stage, step, local, state, due)
+        except evaluate.Interrupted:
             if step != self.saved_step and step > 0:
                 self._save(stage, step, state, sums, before)
             self._stop(step)
+        # After all of them: what is saved above has to be the state before any.
+        for name, evaluation in due.items():
+            if evaluation.remember is not None:
+                state = self._remember(evaluation.remember)(state, self.parallel.replicate(found[name]))
+        return state, scored
 
-    def _evaluate_all(self, stage: Stage, step: int, local: int, state: Any, due: dict[str, Eval]) -> bool:
-        scored = False
+    def _remember(self, function: Any) -> Any:
+        """An evaluation's ``remember``, compiled."""
+        if function not in self._memories:
+            self._memories[function] = self.parallel.compile(function, donate=(0,), quickly=True)
+        return self._memories[function]
+
+    def _evaluate_all(
+        self, stage: Stage, step: int, local: int, state: Any, due: dict[str, Eval]
+    ) -> tuple[bool, dict[str, Metrics]]:
+        scored, found = False, {}
         # A step is saved once, with its score: the evaluation that gives it isn't cut short.
         scoring = any(self.task.best.startswith(f"{stage.name}/{name}/") for name in due)
         for name, evaluation in due.items():
@@ -271,17 +265,17 @@ class _Run:
             if evaluator is None:
                 evaluator = evaluate.Evaluator(evaluation.update, self.parallel)
                 self._evaluators[evaluation.update] = evaluator
-            data = evaluation.data if scoring else _Interruptible(evaluation.data, self.interrupt)
+            data = evaluation.data if scoring else evaluate.Interruptible(evaluation.data, self.interrupt)
             metrics = evaluator(state, data)
             if bad := _nonfinite(metrics):
                 self._refuse(stage, step, f"the metric {bad} of the evaluation '{name}'", state)
-            numbers = evaluate.compute(metrics)
+            numbers, found[name] = evaluate.compute(metrics), metrics
             self._append(stage, step, "eval", numbers, name)
             self.progress.message(f"{stage.name} {local}/{stage.steps}  {name}: {brief(numbers)}")
             prefix = f"{stage.name}/{name}/"
             if self.task.best.startswith(prefix):
                 self.score, scored = numbers[self.task.best.removeprefix(prefix)], True
-        return scored
+        return scored, found
 
     def _meta(self) -> dict[str, Any]:
         """What a checkpoint knows besides the arrays."""

@@ -73,11 +73,14 @@ class Eval:
       data: the batches.
       update: ``(state, batch) -> metrics``, traceable; sums over the rows with ``mask`` 1. Must not change state.
       every: evaluate each so many steps of the stage; 0: only at its end, where every evaluation runs.
+      remember: ``(state, metrics) -> state``, traceable: what the state keeps of the merged metrics (the best so far),
+        once all evaluations of a step are done and before it is saved. None: nothing.
     """
 
     data: EvalData
     update: Callable[[State, Batch], Metrics]
     every: int = 0
+    remember: Callable[[State, Metrics], State] | None = None
 
 
 @dataclass(frozen=True)

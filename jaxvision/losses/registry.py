@@ -31,7 +31,8 @@ class LossSpec:
     Attributes:
       path: "package.module:function".
       hyper: keyword arguments of the function, the general defaults.
-      mixing: how images are mixed: ``alpha`` of the Beta distribution; RankMixup's ``num_views`` and ``per_sample``.
+      mixing: how images are mixed: ``alpha`` of the Beta distribution; RankMixup's ``num_views``,
+        ``per_sample``, ``mix`` and ``layer``.
       by_data: data set -> numbers that replace those of ``hyper`` and ``mixing``.
       needs: what the training step has to provide. "logits": nothing else. "history": CRL's ``history`` and
         ``sample_index``. "mixup": logits of mixed images alone, ``partner_labels`` and ``lam``. "raw_and_mixup": both
@@ -163,6 +164,7 @@ _LOSSES = "jaxvision.losses"
 # CIFAR's for our own small data too: the logits of a small network hardly reach 10.
 _SMALL = ("cifar10", "cifar100", "cifar10_lt", "cifar100_lt", "digits", "scenes")
 _SMALL_MARGIN = {name: {"margin": 6.0} for name in _SMALL}
+_VIEWS = {"alpha": 2.0, "per_sample": False, "mix": "mixup", "layer": "input"}
 _TINY_VIEWS = {"tiny_imagenet": {"alpha": 1.0}}
 _REGMIXUP = {"cifar10": {"alpha": 20.0}, "cifar10_lt": {"alpha": 20.0}}
 
@@ -198,7 +200,7 @@ LOSSES: dict[str, LossSpec] = {
     "mrl": LossSpec(
         f"{_RANKMIXUP}:mrl_loss",
         {"margin": 2.0, "weight": 0.1},
-        mixing={"alpha": 2.0, "num_views": 1, "per_sample": False},
+        mixing={"num_views": 1, **_VIEWS},
         by_data={"tiny_imagenet": {"alpha": 1.0, "margin": 1.0}},
         needs="views",
         passes="jaxvision.methods.rankmixup.training:mrl_passes",
@@ -206,7 +208,7 @@ LOSSES: dict[str, LossSpec] = {
     "mndcg": LossSpec(
         f"{_RANKMIXUP}:mndcg_loss",
         {"weight": 0.1},
-        mixing={"alpha": 2.0, "num_views": 3, "per_sample": False},
+        mixing={"num_views": 3, **_VIEWS},
         by_data=_TINY_VIEWS,
         needs="views",
         passes="jaxvision.methods.rankmixup.training:mndcg_passes",

@@ -65,7 +65,10 @@ def train_logits(state, images):
     return _forward(supervised.variables(state), images)
 
 
-@pytest.mark.parametrize("name", [*registry.LOSSES, "acls(margin=(1,2))", "mndcg(num_views=2,per_sample=True)"])
+VIEWS = ("mndcg(num_views=2,per_sample=True)", "mndcg(num_views=2,layer=features)", "mrl(mix=cutmix)")
+
+
+@pytest.mark.parametrize("name", [*registry.LOSSES, "acls(margin=(1,2))", *VIEWS])
 def test_every_loss_steps_for_several_members(name):
     way = trainer(name)
     way.try_loss(batch())
@@ -194,6 +197,8 @@ def branches(logits, labels, *, where=None, power=1.0):
         ("mrl(num_views=3)", False, "", "MRL compares an image with one mixture, but there are 3 views"),
         ("acls(margin=(-1,2))", False, "", "margin=-1 must be at least 0"),
         ("mndcg(num_views=2.5)", False, "", "num_views=2.5 must be a whole number of at least 1"),
+        ("mrl(layer=feature)", False, "", "layer='feature' is unknown; did you mean 'features'"),
+        ("mndcg(layer=features,mix=cutmix)", False, "", "layer='features' with mix='cutmix' would cut boxes"),
         ("mndcg", True, "", "which is for images, but these are pixels' labels"),
         (f"{__name__}:branches(power=(1.0,2.0))", False, "", "power decide.* what the loss computes.*one arm for each"),
     ],

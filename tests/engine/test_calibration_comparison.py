@@ -11,12 +11,14 @@ from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.data.sources import ArraySource
 from jaxvision.engine import arms, calibration_outcome, datasets
+from jaxvision.engine.options import Options
 from jaxvision.engine.report import Results
 from jaxvision.main import make_task
 from jaxvision.metrics.calibration_rows import Rows
 from jaxvision.metrics.calibration_scan import measure
 from jaxvision.models import weight_file
 from tests.arrays import load
+from tests.engine import tiny
 
 CONFIGS = importlib.import_module("configs.acls")
 
@@ -60,6 +62,8 @@ def test_the_report_has_what_tool_and_reader_need(tmp_path):
     assert len(report.tables[0].columns) == len(report.tables[0].rows[0]) == 8
     # Without a step all arms of a seed are the same network.
     assert len({row[1:] for row in report.tables[0].rows}) == 1
+    other = report.tables[-1]
+    assert [row[0] for row in other.rows] == labels and {len(row) for row in other.rows} == {len(other.columns)}
     assert {"sweep_acls_margin_0.1_9", "reliability", "reliability_scaled", "confidence"} <= {
         figure.name for figure in report.figures
     }
@@ -75,7 +79,36 @@ def test_the_report_has_what_tool_and_reader_need(tmp_path):
     assert report.summary["ce/ece"] == pytest.approx(
         np.mean([n["before"]["metrics"]["ece"]["value"] for n in numbers["ce"]])
     )
+    for title, when, name, scale in (
+        ("classwise ECE %", "before", "classwise_ece", 100),
+        ("classwise ECE at T %", "after", "classwise_ece", 100),
+        ("adaptive ECE at T %", "after", "adaptive_ece", 100),
+        ("Brier", "before", "brier", 1),
+    ):
+        shown = other.rows[0][other.columns.index(title)].split(" ± ")[0]
+        mean = scale * np.mean([n[when]["metrics"][name]["value"] for n in numbers["ce"]])
+        assert float(shown) == pytest.approx(mean, abs=0.051 if "adaptive" in title else 0.00051)
     assert report.notes[0] == "Smallest NLL of the validation images before scaling: ce."
+
+
+def test_the_networks_of_the_best_validation_accuracy_are_reported(tmp_path):
+    """Those of the log's largest accuracies, each seed's own, in the second arm too."""
+    changes = {"arms": ("ce", "mbls"), "choose": "best_validation", "eval_every_epochs": 0.125, "optimizer__lr": 0.3}
+    built = task(**changes)
+    results = tiny.run(tmp_path, built, Options(log_every=7, save_every=100, tensorboard=False))
+    report = built.report(results)
+    assert "networks of the best validation accuracy (epochs 0." in report.tables[0].caption
+    numbers = json.loads(report.files["calibration.json"])
+    found = calibration_outcome.rows(built.report.args[0], results)
+    for row, offset in zip(found, (0, 7)):
+        for seed, network in enumerate(row.seeds):
+            steps, accuracies = results.curve(row.label, f"accuracy_{seed}", "validation")
+            assert [step - offset for step in steps] == list(range(1, 8))
+            logits, labels = calibration_outcome.arrays(network.validation)
+            assert (logits.argmax(-1) == labels).mean() == pytest.approx(max(accuracies))
+            assert numbers[row.label][seed]["step"] == network.step == 1 + int(np.argmax(accuracies))
+    assert {row["eval"] for row in results.rows if row["kind"] == "eval"} == {"validation"}
+    assert any(network.step < 7 for row in found for network in row.seeds)
 
 
 class Pixels(ArraySource):
@@ -158,6 +191,12 @@ def test_pretrained_weights_start_every_seed(tmp_path):
         ({"arms": ("cee",)}, "loss='cee' is unknown; did you mean 'ce'"),
         ({"losses__acls__margin": -1.0, "arms": ("acls",)}, r"margin=-1.0 must be at least 0"),
         ({"data__validation_size": 0}, "validation_size is 0, but each loss's temperature is fitted on a validation"),
+        (
+            {"data__validation_size": 0, "choose": "best_validation"},
+            "validation_size is 0, but each loss's network is chosen and its temperature fitted on a validation",
+        ),
+        ({"choose": "best_validation"}, "choose='best_validation' takes .*eval_every_epochs=0.0 evaluates at the end"),
+        ({"choose": "best"}, "config.choose='best' is not one of 'last', 'best_validation'"),
         ({"data__validation_size": 1}, "there are 1 validation and 1157 test images .*at least 2 of each"),
         ({"epochs": 0.0}, "config.epochs=0.0 must be a number above 0"),
         ({"num_bins": 0}, "config.num_bins=0 must be a number above 0"),

@@ -23,7 +23,10 @@ def test_numbers_of_the_configuration_then_those_of_the_name():
     assert changed.hyper == {**plain.hyper, "margin": 8, "reference": "min"}
     assert (plain.text, changed.text) == ("acls", "acls(margin=8,reference=min)")
     mixed = parse("mrl(weight=0.5)", CONFIGURED)
-    assert (mixed.hyper["weight"], mixed.mixing) == (0.5, {"alpha": 1.5, "num_views": 1, "per_sample": False})
+    assert (mixed.hyper["weight"], mixed.mixing) == (
+        0.5,
+        {"alpha": 1.5, "num_views": 1, "per_sample": False, "mix": "mixup", "layer": "input"},
+    )
 
 
 @pytest.mark.parametrize("name", registry.LOSSES)

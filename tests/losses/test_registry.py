@@ -55,7 +55,7 @@ def test_published_numbers():
     assert [hyper["margin"] for hyper, _ in settings["acls"]] == [6, 10]
     assert [hyper["margin"] for hyper, _ in settings["mbls"]] == [6, 10]
     assert [(hyper["margin"], mixing["alpha"]) for hyper, mixing in settings["mrl"]] == [(2, 2), (1, 1)]
-    of_batches = {"num_views": 3, "per_sample": False}
+    of_batches = {"num_views": 3, "per_sample": False, "mix": "mixup", "layer": "input"}
     assert [mixing for _, mixing in settings["mndcg"]] == [{"alpha": alpha, **of_batches} for alpha in (2, 1)]
     assert [registry.resolve("regmixup").settings(data)[1]["alpha"] for data in ("cifar10", "cifar100")] == [20, 10]
 

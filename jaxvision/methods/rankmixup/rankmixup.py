@@ -1,9 +1,9 @@
 """RankMixup (Noh, Park, Lee, Ham; ICCV 2023): mixed images rank confidences; they carry no cross-entropy.
 
 A raw image should be more confident than its mixture (MRL), mixtures with a larger coefficient more confident than
-those with a smaller one (M-NDCG). One step, as in the official code: raw forward, mixed views drawn, one forward of all
-M B mixed images, which moves the batch statistics a second time (both in :mod:`jaxvision.methods.rankmixup.views`),
-loss, backward through both.
+those with a smaller one (M-NDCG). One step, as in the official code: raw forward, mixed views drawn
+(:mod:`jaxvision.methods.rankmixup.views`), one forward of all M B mixed images, which moves the batch statistics a
+second time (:mod:`jaxvision.methods.rankmixup.forward`), loss, backward through both.
 
 Where paper and official code differ, the code is followed (logits in MRL, max(lam, 1 - lam) and the reciprocal in
 M-NDCG) except for MRL's mask, see :func:`mrl_loss`. Masks and dtypes: see :mod:`jaxvision.losses.calibration`.

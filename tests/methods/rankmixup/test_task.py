@@ -32,9 +32,9 @@ def test_an_arms_steps_are_the_official_ones(k, monkeypatch):
     if int(data["is_mndcg"]):
         name = f"mndcg(weight={weight},num_views={views})"
 
-    def drawn(key, images, labels, *, num_classes, num_views, alpha, per_sample):
+    def drawn(key, images, labels, *, num_classes, num_views, alpha, per_sample, mix):
         del key, alpha
-        assert not per_sample
+        assert not per_sample and mix == "mixup"
         assert (num_classes, num_views) == (6, views)
         lam, perm = (jnp.asarray(data[part])[step[0]] for part in ("lam", "perm"))
         mixed, targets = mix_with(images, soft_targets(labels, 6), lam.astype(jnp.float32), perm)
@@ -129,4 +129,4 @@ def test_images_sorted_by_class_are_sampled_and_one_class_has_no_curve(tmp_path,
     object.__setattr__(built.report.args[0].data.eval, "source", alike)
     made = built.report(untrained(built, tmp_path))
     assert "mixing" not in {figure.name for figure in made.figures}
-    assert any("is of two classes" in note for note in made.notes) and len(made.tables) == 2
+    assert any("is of two classes" in note for note in made.notes) and len(made.tables) == 3

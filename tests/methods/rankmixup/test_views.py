@@ -8,8 +8,9 @@ import pytest
 
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError
+from jaxvision.methods.rankmixup.forward import forward_twice
 from jaxvision.methods.rankmixup.rankmixup import mndcg_loss, mrl_loss
-from jaxvision.methods.rankmixup.views import Views, forward_twice, mix_with, mixed_views
+from jaxvision.methods.rankmixup.views import Views, mix_with, mixed_views
 from jaxvision.models.mixing import soft_targets
 from jaxvision.optim import optimizers
 from tests.arrays import load
@@ -83,16 +84,19 @@ def test_wrong_settings():
             mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=views, alpha=1.0)
     with pytest.raises(ConfigError, match="per_sample=2 must be True or False"):
         mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=1, alpha=1.0, per_sample=2)
+    with pytest.raises(ConfigError, match="mix='cutmixup' is unknown; did you mean 'cutmix'"):
+        mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=1, alpha=1.0, mix="cutmixup")
     with pytest.raises(ConfigError, match="alpha=nan must be a finite number"):
         mixed_views(jax.random.key(0), x, labels, num_classes=K, num_views=1, alpha=float("nan"))
 
 
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_four_devices_mix_as_one(per_sample):
+def test_four_devices_mix_as_one(per_sample, mix):
     x, labels = example()
 
     def draw(x, labels):
-        options = {"num_classes": K, "num_views": 2, "alpha": 2.0, "per_sample": per_sample}
+        options = {"num_classes": K, "num_views": 2, "alpha": 2.0, "per_sample": per_sample, "mix": mix}
         return mixed_views(jax.random.key(3), x, labels, **options)
 
     def local(x, labels):
