@@ -33,6 +33,9 @@ Fields beside those of ``configs/common.py``:
                 labels finds first share a rate, others have their own), initial_rate, min_step_size, max_step_size
     dampening   weight; freezing: start and end of the threshold, momentum (of the frequency of oscillation)
     oscillation measure how often codes turn back in every arm: 11 bytes a latent weight
+    reestimate_batches  training batches over which batch statistics are averaged anew after each arm, weights frozen,
+                before the arm is judged (Nagel et al. 2022; 0: the running ones of training are kept); the accuracy
+                with the running ones is logged and reported beside it
     calibration_images  training images that the scales are fitted to
     export      the arm whose network of the first seed is written ("": none): quantized.safetensors, which
                 model.init_from takes again, and integers.safetensors with integers.json, codes for other programs
@@ -110,6 +113,7 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
     config.dampening = ConfigDict({"weight": 1e-3})
     config.freezing = ConfigDict({"start": 0.04, "end": 0.01, "momentum": 0.01})
     config.oscillation = True
+    config.reestimate_batches = 0
     config.calibration_images = 256
     config.export = ""
     config.how = "map"

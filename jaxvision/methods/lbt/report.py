@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxvision.engine import arms, quantized_files
+from jaxvision.engine import arms, quantized_files, reestimation
 from jaxvision.engine.recipes import Model
 from jaxvision.engine.report import Figure, Report, Results, Table
 from jaxvision.engine.seeds import member
@@ -39,6 +39,7 @@ class Comparison:
       bits: widths of gradients.
       alpha: the fraction of gradients whose error is E(G_L).
       steps: of each arm.
+      reestimated: batches that the statistics are averaged over before an arm is judged; 0: the running ones are kept.
       choose: the evaluation on which a learning rate is chosen; "test" is the one that is reported.
       images: images of each evaluation.
       warning: of too few elements, or "".
@@ -53,6 +54,7 @@ class Comparison:
     bits: tuple[int, ...]
     alpha: float
     steps: int
+    reestimated: int
     choose: str
     images: Mapping[str, int]
     warning: str
@@ -106,7 +108,7 @@ def make(comparison: Comparison, results: Results) -> Report:
         tuple(tables),
         _figures(comparison, results, cells),
         summary,
-        _notes(comparison),
+        _notes(comparison, results, cells),
         _files(comparison, results, cells),
     )
 
@@ -134,20 +136,21 @@ def collect(comparison: Comparison, results: Results) -> list[Cell]:
             rate = setting.pop("lr")
             groups.setdefault(tuple(setting.items()), {}).setdefault(rate, []).append(index)
         for setting, rates in groups.items():
-            means = {rate: _last(results, arm.name, comparison.choose, m).mean() for rate, m in rates.items()}
-            cells.append(_cell(comparison, results, arm.name, dict(setting), rates, max(means, key=means.get)))
+            judged = reestimation.judged(arm, comparison.reestimated).name
+            means = {rate: _last(results, judged, comparison.choose, m).mean() for rate, m in rates.items()}
+            cells.append(_cell(comparison, results, arm, dict(setting), rates, max(means, key=means.get)))
     return cells
 
 
 def _cell(
     comparison: Comparison,
     results: Results,
-    arm: str,
+    way: arms.Arm,
     setting: dict[str, float],
     rates: Mapping[float, list[int]],
     rate: float,
 ) -> Cell:
-    members = rates[rate]
+    arm, members = way.name, rates[rate]
     curves = [results.curve(arm, f"loss_{index}")[1] for index in members]
     layers: dict[str, dict[str, np.ndarray]] = {}
     row = next((row for row in reversed(results.rows) if (row["stage"], row.get("eval")) == (arm, PROBE)), {})
@@ -164,7 +167,7 @@ def _cell(
         rate,
         setting.get("alpha", comparison.alpha),
         tuple(members),
-        _last(results, arm, "test", members),
+        _last(results, reestimation.judged(way, comparison.reestimated).name, "test", members),
         np.asarray([np.mean(curve[-max(1, len(curve) // 10) :]) for curve in curves]),
         layers,
     )
@@ -238,8 +241,13 @@ def _gradients(comparison: Comparison, cells: Sequence[Cell]) -> Table:
     return Table("Gradients", columns, rows, caption)
 
 
-def _notes(comparison: Comparison) -> tuple[str, ...]:
+def _notes(comparison: Comparison, results: Results, cells: Sequence[Cell]) -> tuple[str, ...]:
     notes = ["An arm's first batch only starts its intervals and gamma; no optimizer step is taken on that pass."]
+    if comparison.reestimated:
+        ways = {arm.name: arm for arm in comparison.arms}
+        named = {cell: cell.label if cell.bits is None else f"{cell.label} at {cell.bits} bits" for cell in cells}
+        rows = {name: (ways[cell.arm], cell.members) for cell, name in named.items()}
+        notes.append(reestimation.note(results, rows, "accuracy", "test", comparison.reestimated))
     return (*notes, f"Too few elements: {comparison.warning}.") if comparison.warning else tuple(notes)
 
 
@@ -287,7 +295,7 @@ def _figures(comparison: Comparison, results: Results, cells: Sequence[Cell]) ->
             for cell in shown
         }
         where = np.asarray(results.curve(shown[0].arm, _gamma(shown[0], 0))[0])
-        offset = [a.name for a in comparison.arms].index(shown[0].arm) * comparison.steps
+        offset = [a.name for a in comparison.arms].index(shown[0].arm) * (comparison.steps + comparison.reestimated)
         caption = f"gamma of each layer, {arm}, mean over seeds."
         made.append(Figure("gamma", functools.partial(figures.gammas, where - offset, lines), caption))
     return tuple(made)

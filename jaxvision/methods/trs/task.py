@@ -15,7 +15,7 @@ import numpy as np
 from jaxvision.core import name_rules, trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.engine import arms, recipes, supervised
+from jaxvision.engine import arms, recipes, reestimation, supervised
 from jaxvision.engine.quantization import build_network
 from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import State, Task
@@ -48,21 +48,21 @@ def make(config: Config) -> Task:
     loaded = quantized is not None or model.pretrained is not None
     pretraining = _float_arm(config, model, per_epoch, loaded=loaded)
     offset = pretraining[0].steps if pretraining else 0
-    trainers = _trainers(config, data, model, steps, per_epoch, offset, fitted=quantized is not None)
+    batches = reestimation.count(config, jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
+    trainers = _trainers(config, data, model, steps, per_epoch, offset, batches, fitted=quantized is not None)
     start = weights.Start.of(config.model.init_from, model, quantized, trainers, seeds)
     rates = _grid(config, trainers, data)
     ways = tuple(trainer.arm(steps, rates[trainer.variant.optimizer]) for trainer in trainers)
     validation = {} if data.validation is None else {"validation": data.validation}
-    stages = arms.stages(
-        (*pretraining, *ways),
-        seeds,
-        [data.train.with_seed(seed) for seed in seeds],
-        {**validation, "test": data.eval},
-        every=every,
-        how=config.one_of("how", HOW),
-    )
+    common = (seeds, [data.train.with_seed(seed) for seed in seeds], {**validation, "test": data.eval})
+    how = config.one_of("how", HOW)
+    made = arms.stages((*pretraining, *ways), *common, every=every, how=how)
+    stages = made[: len(pretraining)]
+    for stage, way, trainer in zip(made[len(pretraining) :], ways, trainers, strict=True):
+        first = trainer.offset + steps
+        stages += reestimation.stages(stage, way, trainer.network, *common, batches=batches, first=first, how=how)
     title = f"{model.name} on {config.data.source}"
-    run = Run(title, seeds, trainers, ways, bool(pretraining), config.export, model, data)
+    run = Run(title, seeds, trainers, ways, bool(pretraining), config.export, model, data, batches)
     # Shaping the state finds what the parameters' names and shapes can tell.
     jax.eval_shape(start.init, jax.eval_shape(lambda: jax.random.key(0)))
     return Task("trs", start.init, stages, functools.partial(report.make, run), load=start.load if loaded else None)
@@ -101,10 +101,11 @@ def _trainers(
     steps: int,
     per_epoch: int,
     offset: int,
+    batches: int,
     *,
     fitted: bool,
 ) -> tuple[Trainer, ...]:
-    """The arms; the first starts after ``offset`` steps of the run."""
+    """The arms; the first starts after ``offset`` steps of the run, ``batches`` re-estimate statistics after each."""
     chosen, recipe = _variants(config), _recipe(config, steps, per_epoch)
     common: dict[str, Any] = {
         "family_of_run": config.quantization.family,
@@ -131,7 +132,7 @@ def _trainers(
                 variant,
                 network,
                 recipe=dataclasses.replace(recipe, target_factors=factors, control=control | labels(network)),
-                offset=offset + index * steps,
+                offset=offset + index * (steps + batches),
                 keep_variables=variant.name == config.export,
                 **common,
             )

@@ -112,6 +112,23 @@ def test_stages_are_the_float_network_and_the_arms():
     assert state.params["conv3"]["kernel_scale"].shape == (4,)
 
 
+def test_statistics_are_estimated_again_after_each_arm_where_they_are_asked_for():
+    built = task(arms=("sgd", "adamt_1e-2"), reestimate_batches=3)
+    names = ["float", "sgd", "sgd_statistics", "adamt_1e-2", "adamt_1e-2_statistics"]
+    assert [stage.name for stage in built.stages] == names
+    assert [stage.steps for stage in built.stages][1:3] == [built.stages[3].steps, 3]
+    # The trainers' offsets are where the engine puts their stages: targets and freezing count from there.
+    starts = np.cumsum([0, *(stage.steps for stage in built.stages)])
+    trainers = built.report.args[0].trainers
+    assert [trainer.offset for trainer in trainers] == [starts[1], starts[3]]
+    key = jax.eval_shape(lambda: rng.key(0, ""))
+    state = jax.eval_shape(built.init, key)
+    for stage in built.stages:
+        state = state if stage.begin is None else jax.eval_shape(stage.begin, state, key)
+        new, _ = jax.eval_shape(stage.step, state, stage.data.batch_at(0), key)
+        assert kinds(new) == kinds(state)
+
+
 def test_lsq_has_two_levels_of_weights_at_one_bit():
     built = task(arms=("lsq",), export="")
     begin = built.stages[1].begin
@@ -152,6 +169,7 @@ def test_targets_scale_with_the_bits_of_each_layer():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"reestimate_batches": -1}, "config.reestimate_batches=-1 must be a number of at least 0"),
         ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\) must be at least one seed, each once"),
         ({"grid__sgd": ("a",)}, r"config.grid.sgd=\('a',\) must be numbers"),
         ({"arms": ()}, r"config.arms=\(\) must be at least one arm"),
