@@ -11,8 +11,8 @@
         --config.model.init_from=FILE
         FILE is a torchvision (DeiT: timm) checkpoint, DIR holds train/<class>/* and val/<class>/*
 
-Presets: ``smoke`` (seconds), ``cifar10_subset``, ``{cifar10,cifar100}_resnet20``,
-``imagenet_{resnet18,mobilenet_v2,deit_t,deit_s}``. The step schedule of the paper's supplement:
+Presets: ``smoke`` (seconds), ``cifar10_subset``, ``{cifar10,cifar100}_{resnet20,reactnet18}``,
+``imagenet_{resnet18,mobilenet_v2,reactnet18,deit_t,deit_s}``. The step schedule of the paper's supplement:
 ``--config.optimizer.schedule.name=multistep --config.optimizer.schedule.milestones='(100.,200.,300.)'``.
 
 Fields beside those of ``configs/common.py``:
@@ -23,7 +23,8 @@ Fields beside those of ``configs/common.py``:
                 (lsq, ewgs, dorefa, pact, ...), dampening or freezing; adamt_1e-2, lsq, sgdt_additive
     baseline    the optimizer of arms that name none
     epochs      of each arm; eval_every_epochs: 0: at the end
-    float       epochs and optimizer of the float network; unused where model.init_from is set
+    float       epochs and optimizer of the float network; quantized_inputs: it has the run's inputs and float weights,
+                as ReActNet's first step (W32A1); unused where model.init_from is set
     grid        optimizer -> learning rates, which are the initial step sizes of transition-rate scheduling. With
                 several, one is chosen on the data.validation_size images that are held out of the training split
     optimizer   of all quantized arms: momentum, nesterov, b1, b2, eps, weight_decay, scale_lr (of quantizer scales),
@@ -51,8 +52,10 @@ from configs import common
 BASELINES = ("lsq", "ewgs", "dorefa", "pact", "dampening", "freezing")
 ARMS = ("sgd", "sgdt", "sgdt_1e-2", "sgdt_1e-2_additive", "adam", "adamt_1e-2", *BASELINES)
 CIFAR = {"cifar10_resnet20": 10, "cifar100_resnet20": 100}
+REACTNET = {"cifar10_reactnet18": 10, "cifar100_reactnet18": 100}
 DEIT = {"imagenet_deit_t": "deit_tiny_patch16_224", "imagenet_deit_s": "deit_small_patch16_224"}
-PRESETS = ("smoke", "cifar10_subset", *CIFAR, "imagenet_resnet18", "imagenet_mobilenet_v2", *DEIT)
+IMAGENET = ("imagenet_resnet18", "imagenet_mobilenet_v2", "imagenet_reactnet18")
+PRESETS = ("smoke", "cifar10_subset", *CIFAR, *REACTNET, *IMAGENET, *DEIT)
 
 # The statistics of the official code; the pretrained CIFAR weights in use elsewhere want ImageNet's.
 CIFAR_STATISTICS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -61,11 +64,13 @@ CIFAR_STATISTICS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.
 def get_config(preset: str = "") -> ConfigDict:
     """The configuration of a preset."""
     presets = {"": digits, "smoke": smoke, "cifar10_subset": cifar10_subset, "imagenet_resnet18": resnet18}
-    presets["imagenet_mobilenet_v2"] = mobilenet_v2
+    presets |= {"imagenet_mobilenet_v2": mobilenet_v2, "imagenet_reactnet18": reactnet18}
     if preset in presets:
         return presets[preset]()
     if preset in CIFAR:
         return cifar(CIFAR[preset])
+    if preset in REACTNET:
+        return cifar_reactnet(REACTNET[preset])
     if preset in DEIT:
         return deit(DEIT[preset])
     raise common.unknown_preset(preset, PRESETS)
@@ -80,7 +85,7 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
     config.epochs, config.eval_every_epochs = 400.0, 0.0
     config.data, config.model, config.quantization = data, model, quantization
     float_optimizer = common.optimizer("sgd", 0.1, weight_decay=1e-4, schedule={"per_epoch": True})
-    config.float = ConfigDict({"epochs": 0.0, "optimizer": float_optimizer})
+    config.float = ConfigDict({"epochs": 0.0, "quantized_inputs": False, "optimizer": float_optimizer})
     config.grid = ConfigDict({"sgd": (0.1,), "adam": (1e-3,), "adamw": (3e-4,)})
     config.optimizer = ConfigDict(
         {
@@ -198,6 +203,24 @@ def cifar(num_classes: int) -> ConfigDict:
     return common.finish(config)
 
 
+def binary_layers() -> ConfigDict:
+    """ReActNet at W1A1: the 3x3 convolutions of the blocks; stem, 1x1 shortcuts and classifier float, as officially."""
+    return common.quantization("reactnet", 1, 1, float_layers=("^conv1/", "/downsample_1/", "^fc/"))
+
+
+def cifar_reactnet(num_classes: int) -> ConfigDict:
+    """ReActNet-18 at W1A1 from a network with binary inputs and float weights (W32A1), as the paper's table has it.
+
+    Epochs, rates and target of CIFAR's ResNet-20: the paper's for this network aren't published, nor is its stem.
+    """
+    config = cifar(num_classes)
+    with config.unlocked():
+        config.model = common.model("reactnet18_cifar")
+        config.quantization = binary_layers()
+        config.float.quantized_inputs = True
+    return config
+
+
 def imagenet(model: ConfigDict, quantization: ConfigDict, data: ConfigDict | None = None) -> ConfigDict:
     """120 epochs of batch 256, as the paper's 600,000 iterations; the targets of ImageNet aren't published."""
     data = common.imagenet(batch_size=256) if data is None else data
@@ -215,6 +238,14 @@ def resnet18() -> ConfigDict:
     """W2A2; first convolution and classifier float, the convolutions of the shortcuts quantized."""
     quantization = common.quantization("trs", 2, 2, float_layers=("^conv1/", "^fc/"))
     return common.finish(imagenet(common.model("resnet18"), quantization))
+
+
+def reactnet18() -> ConfigDict:
+    """ReActNet-18 at W1A1 from W32A1 weights, with cross-entropy.
+
+    The paper trains with ReActNet's distributional loss (the probabilities of a float teacher); that isn't here.
+    """
+    return common.finish(imagenet(common.model("reactnet18"), binary_layers()))
 
 
 def mobilenet_v2() -> ConfigDict:

@@ -16,7 +16,7 @@ from jaxvision.core import name_rules, trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine import arms, recipes, reestimation, supervised
-from jaxvision.engine.quantization import build_network
+from jaxvision.engine.quantization import FLOAT_BITS, bit_rules, build_network
 from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import State, Task
 from jaxvision.methods.trs import optimizers, report, training, variants, weights
@@ -46,10 +46,13 @@ def make(config: Config) -> Task:
     steps = schedules.epochs_to_steps(config.positive("epochs", zero=True), per_epoch)
     every = round(config.positive("eval_every_epochs", zero=True) * per_epoch)
     loaded = quantized is not None or model.pretrained is not None
-    pretraining = _float_arm(config, model, per_epoch, loaded=loaded)
+    images = _calibration(config, data)
+    pretraining = _float_arm(config, model, per_epoch, images, loaded=loaded)
     offset = pretraining[0].steps if pretraining else 0
     batches = reestimation.count(config, jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
-    trainers = _trainers(config, data, model, steps, per_epoch, offset, batches, fitted=quantized is not None)
+    trainers = _trainers(
+        config, data, model, steps, per_epoch, offset, batches, images=None if quantized is not None else images
+    )
     start = weights.Start.of(config.model.init_from, model, quantized, trainers, seeds)
     rates = _grid(config, trainers, data)
     ways = tuple(trainer.arm(steps, rates[trainer.variant.optimizer]) for trainer in trainers)
@@ -68,8 +71,11 @@ def make(config: Config) -> Task:
     return Task("trs", start.init, stages, functools.partial(report.make, run), load=start.load if loaded else None)
 
 
-def _float_arm(config: Config, model: recipes.Model, per_epoch: int, *, loaded: bool) -> tuple[arms.Arm, ...]:
+def _float_arm(
+    config: Config, model: recipes.Model, per_epoch: int, images: Callable[[], np.ndarray], *, loaded: bool
+) -> tuple[arms.Arm, ...]:
     """The stage that trains the float network of each seed, unless weights are given."""
+    binary = config.float.one_of("quantized_inputs", (True, False))
     epochs = config.float.positive("epochs", zero=True)
     steps = max(schedules.epochs_to_steps(epochs, per_epoch), 1)
     optimizer = recipes.build_optimizer(config.float.optimizer, steps, per_epoch)
@@ -82,16 +88,25 @@ def _float_arm(config: Config, model: recipes.Model, per_epoch: int, *, loaded: 
             "trained float network; give a weights file, or epochs to train one"
         )
 
+    network = build_network(_float_weights(config.quantization), model.module, model.image) if binary else model.module
+
     def begin(variables: Any, setting: Any, key: jax.Array) -> State:
-        del setting, key
+        del setting
+        if binary:
+            variables = network.calibrate(training.merge(network.init(key, model.image), variables), images())
         return supervised.new_state(variables, optimizer.transform, average=False)
 
-    step = supervised.train_step(
-        model.module, optimizer.transform, training.loss_fn(0.0), accumulate=optimizer.accumulate
-    )
-    evaluate = training.evaluation(model.module)
+    step = supervised.train_step(network, optimizer.transform, training.loss_fn(0.0), accumulate=optimizer.accumulate)
+    evaluate = training.evaluation(network)
     schedule = {"lr": optimizer.schedule}
     return (arms.Arm(FLOAT, begin, step, steps, evaluate, schedules=schedule, pretrains=True),)
+
+
+def _float_weights(block: Config) -> Config:
+    """The block ``quantization`` with float weights and gradients."""
+    rules = tuple((pattern, (FLOAT_BITS, width, FLOAT_BITS)) for pattern, (_, width, _) in bit_rules(block))
+    changes = {"weight_bits": FLOAT_BITS, "gradient_bits": FLOAT_BITS, "bit_rules": rules, "execution": "fake"}
+    return Config({**block.to_dict(), **changes}, "config.quantization")
 
 
 def _trainers(
@@ -103,20 +118,21 @@ def _trainers(
     offset: int,
     batches: int,
     *,
-    fitted: bool,
+    images: Callable[[], np.ndarray] | None,
 ) -> tuple[Trainer, ...]:
-    """The arms; the first starts after ``offset`` steps of the run, ``batches`` re-estimate statistics after each."""
+    """The arms; the first starts after ``offset`` steps of the run, ``batches`` re-estimate statistics after each.
+
+    ``images`` are what scales are fitted to; None: they are fitted already.
+    """
     chosen, recipe = _variants(config), _recipe(config, steps, per_epoch)
     common: dict[str, Any] = {
         "family_of_run": config.quantization.family,
         "image": model.image,
-        "images": _calibration(config, data),
+        "images": images,
         "smoothing": config.optimizer.positive("label_smoothing", zero=True),
         "accumulate": recipes.check_accumulation(config.optimizer, config.data.batch_size),
         "dampening": _rising(config.dampening.positive("weight", zero=True), steps),
     }
-    if fitted:
-        common["images"] = None
     networks = {
         name: build_network(_with_family(config, name), model.module, model.image)
         for name in dict.fromkeys(variant.family for variant in chosen)

@@ -19,6 +19,7 @@ from jaxvision.methods.trs import task as trs_task
 from jaxvision.methods.trs.variants import parse
 from jaxvision.models import weight_file, zoo
 from jaxvision.optim import schedules
+from jaxvision.quant.binary import BinaryActivation
 
 CONFIGS = importlib.import_module("configs.trs")
 IMAGENET = [name for name in CONFIGS.PRESETS if name.startswith("imagenet")]
@@ -40,7 +41,7 @@ def task(**changes):
     return built
 
 
-@pytest.mark.parametrize("preset", [*IMAGENET, "cifar100_resnet20", "cifar10_subset"])
+@pytest.mark.parametrize("preset", [*IMAGENET, "cifar100_resnet20", "cifar10_reactnet18", "cifar10_subset"])
 def test_presets_train_at_full_size(preset):
     """Shapes only: the quantized network, the groups of its parameters, start and step of the exported arm."""
     config = Config(CONFIGS.get_config(preset).to_dict())
@@ -49,11 +50,14 @@ def test_presets_train_at_full_size(preset):
     image = images[:1]
     network = build_network(config.quantization, module, image)
     layers = network.check(image)
-    assert len(layers) == {"resnet18": 19, "mobilenet_v2": 51, "resnet20": 18}.get(config.model.name, 48)
+    name = config.model.name.removesuffix("_cifar")
+    assert len(layers) == {"resnet18": 19, "mobilenet_v2": 51, "resnet20": 18, "reactnet18": 16}.get(name, 48)
     signed = [name for name, layer in layers.items() if layer.input.settings.get("signed")]
-    assert len(signed) == {"resnet18": 0, "mobilenet_v2": 17, "resnet20": 0}.get(config.model.name, 48)
+    assert len(signed) == {"resnet18": 0, "mobilenet_v2": 17, "resnet20": 0, "reactnet18": 0}.get(name, 48)
 
-    variant = parse(config.export, family="trs", baseline=config.baseline, target=5e-3, rule="momentum")
+    variant = parse(
+        config.export, family=config.quantization.family, baseline=config.baseline, target=5e-3, rule="momentum"
+    )
     trainer = training.Trainer(
         variant, network, image, optimizers.Recipe(schedules.constant(1.0), oscillation=config.oscillation),
         lambda: images, 0.1, 1, schedules.constant(0.0), 0, False, "trs",
@@ -68,7 +72,8 @@ def test_presets_train_at_full_size(preset):
     assert len([name for name in metrics if name.startswith("step_size/")]) == len(layers)
     assert ("weights/oscillating" in metrics) == (preset not in IMAGENET)
     groups = optimizers.labels(state.params, tuple(layers), freeze_scales=True)
-    assert {"latent", "float", "norm", "scale", "frozen"} == set(jax.tree.leaves(groups))
+    scales = set() if name == "reactnet18" else {"scale", "frozen"}
+    assert {"latent", "float", "norm"} | scales == set(jax.tree.leaves(groups))
 
 
 @functools.cache
@@ -127,6 +132,35 @@ def test_statistics_are_estimated_again_after_each_arm_where_they_are_asked_for(
         state = state if stage.begin is None else jax.eval_shape(stage.begin, state, key)
         new, _ = jax.eval_shape(stage.step, state, stage.data.batch_at(0), key)
         assert kinds(new) == kinds(state)
+
+
+def test_reactnet_starts_from_binary_inputs_and_trains_binary_weights():
+    """One real step of the float-weight stage and one of the arm, on a network of width 2."""
+    changes = {"model__settings": {"width": 2, "stage_sizes": (1, 1, 1, 1)}, "model__name": "reactnet18_cifar"}
+    quantization = {"family": "reactnet", "float_layers": ("^conv1/", "/downsample_1/", "^fc/")}
+    built = task(
+        **changes, **{f"quantization__{name}": value for name, value in quantization.items()},
+        float__quantized_inputs=True, arms=("sgdt",), export="", data__batch_size=16, grid__sgd=(0.1,),
+    )  # fmt: skip
+    key, batch = jax.random.key(0), built.stages[0].data.batch_at(0)
+    pretraining, arm = built.stages
+    state = jax.jit(pretraining.begin)(jax.jit(built.init)(key), key)
+    before = state.params
+    state, metrics = jax.jit(pretraining.step)(state, batch, key)
+    assert np.isfinite(metrics["loss"].compute())
+    move = lambda params: params["layer2_0"]["move0"]["bias"]  # noqa: E731
+    assert (np.asarray(move(state.params)) != np.asarray(move(before))).any()
+    block = trs_task._float_weights(Config(CONFIGS.get_config("cifar10_reactnet18").to_dict()).quantization)
+    network = build_network(block, zoo.build("reactnet18_cifar", num_classes=2), np.zeros((1, 32, 32, 3), np.float32))
+    layers = network.check(np.zeros((1, 32, 32, 3), np.float32)).values()
+    assert {(layer.bits.weight, layer.bits.input, layer.input.kind) for layer in layers} == {
+        (None, 1, BinaryActivation)
+    }
+    state = jax.jit(arm.begin)(state, key)
+    latent = lambda params: params["layer2_0"]["binary_conv"]["kernel"]  # noqa: E731
+    new, metrics = jax.jit(arm.step)(state, batch, key)
+    assert (np.asarray(latent(new.params)) != np.asarray(latent(state.params))).any()
+    assert np.isfinite(metrics["loss"].compute()) and "step_size/layer2_0.binary_conv_0" in metrics
 
 
 def test_lsq_has_two_levels_of_weights_at_one_bit():
