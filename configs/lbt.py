@@ -35,9 +35,10 @@ Fields beside those of ``configs/common.py``:
                    chosen rate, as quantized.safetensors (for jaxvision.tools.export) and integers.safetensors
     how            trainings of an arm: map, one after the other; vmap, at once; unroll, written out (engine/seeds.py);
                    call, one program called for each member (one device)
-    quantization   of ``engine/quantization.py`` (noise_bits for all arms, exponent for piecewise); downsampling
-                   convolutions stay float with --config.quantization.float_layers="('downsample',)", integers compute
-                   with --config.quantization.execution=int
+    quantization   of ``engine/quantization.py`` (noise_bits for all arms, exponent for piecewise; products: those of
+                   attention with quantized operands, their gradients stay float); downsampling convolutions stay float
+                   with --config.quantization.float_layers="('downsample',)", integers compute with
+                   --config.quantization.execution=int
 """
 
 from ml_collections import ConfigDict
@@ -89,6 +90,7 @@ def base(data: ConfigDict, model: ConfigDict, optimizer: ConfigDict, **engine) -
     config.export, config.how = "", "vmap"
     config.data, config.model, config.optimizer = data, model, optimizer
     config.quantization = common.quantization("lbt", 4, 4)
+    config.quantization.products = ()
     # The arms say how gradients are quantized, gradient_bits says how finely.
     del config.quantization.gradient, config.quantization.gradient_bits
     return config

@@ -27,6 +27,8 @@ Fields beside those of ``configs/common.py``:
                 as ReActNet's first step (W32A1); unused where model.init_from is set
     grid        optimizer -> learning rates, which are the initial step sizes of transition-rate scheduling. With
                 several, one is chosen on the data.validation_size images that are held out of the training split
+    quantization  as in ``engine/quantization.py``; products: those of attention whose operands are quantized too, by
+                regular expression, with the widths of both operands: (('q_k',(4,4)),('softmax_v',(4,4)))
     optimizer   of all quantized arms: momentum, nesterov, b1, b2, eps, weight_decay, scale_lr (of quantizer scales),
                 accumulate, label_smoothing, schedule (of rates and targets alike)
     transition  target (the paper's factor), scale_with_bits (times the square root of the weights' bits), momentum,
@@ -84,6 +86,7 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
     config.arms, config.baseline = ARMS, "sgd"
     config.epochs, config.eval_every_epochs = 400.0, 0.0
     config.data, config.model, config.quantization = data, model, quantization
+    config.quantization.products = ()
     float_optimizer = common.optimizer("sgd", 0.1, weight_decay=1e-4, schedule={"per_epoch": True})
     config.float = ConfigDict({"epochs": 0.0, "quantized_inputs": False, "optimizer": float_optimizer})
     config.grid = ConfigDict({"sgd": (0.1,), "adam": (1e-3,), "adamw": (3e-4,)})
@@ -216,7 +219,7 @@ def cifar_reactnet(num_classes: int) -> ConfigDict:
     config = cifar(num_classes)
     with config.unlocked():
         config.model = common.model("reactnet18_cifar")
-        config.quantization = binary_layers()
+        config.quantization.update(binary_layers())
         config.float.quantized_inputs = True
     return config
 
@@ -263,8 +266,10 @@ def mobilenet_v2() -> ConfigDict:
 def deit(name: str) -> ConfigDict:
     """W3A3 with AdamW; patch embedding, head and the products of attention float.
 
-    The paper doesn't give the quantizers of DeiT. Ours: inputs signed, a learned scale of each layer's output, as no
-    normalisation follows the layers of a transformer. Its data augmentation, without mixup and cutmix.
+    The paper doesn't give the quantizers of DeiT, nor say whether products are quantized: they are with
+    ``--config.quantization.products="(('q_k',(3,3)),('softmax_v',(3,3)))"``. Ours: inputs signed, a learned scale of
+    each layer's output, as no normalisation follows the layers of a transformer. Its data augmentation, without mixup
+    and cutmix.
     """
     data = common.imagenet({"rand_augment": 9.0, "erasing": 0.25}, batch_size=512)
     floats = ("^patch_embed/", "^head/")

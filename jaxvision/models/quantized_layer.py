@@ -202,11 +202,19 @@ def _quantizer(module: nn.Module, layer: LayerQuant, role: str, x: jax.Array, wi
     part = "weight" if role == "kernel" else role
     if (bits := width(layer, part, widths)) is None:
         return None
-    recipe, names = getattr(layer, part), [(f"{role}_{name}", name) for name in getattr(layer, part).kind.LEARNED]
+    data = x
+    if role == "input" and not fit:
+        data = jnp.broadcast_to(jnp.linspace(0, 1, 16, dtype=x.dtype)[:, None], (16, x.shape[-1]))
+    return learned_quantizer(module, getattr(layer, part), role, bits, data, fit=fit)
+
+
+def learned_quantizer(module: nn.Module, recipe: Recipe, role: str, bits: Any, data: jax.Array, *, fit: bool) -> Any:
+    """A quantizer whose learned fields are parameters ``{role}_{field}`` of ``module``.
+
+    They start at what fits ``data``: at initialisation, and again whenever ``fit`` is set.
+    """
+    names = [(f"{role}_{name}", name) for name in recipe.kind.LEARNED]
     if fit or module.is_initializing():
-        data = x
-        if role == "input" and not fit:
-            data = jnp.broadcast_to(jnp.linspace(0, 1, 16, dtype=x.dtype)[:, None], (16, x.shape[-1]))
         start = recipe.fit(data, bits)
         values = {full: getattr(start, name) for full, name in names}
         for full, value in values.items():

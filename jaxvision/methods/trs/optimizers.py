@@ -22,6 +22,7 @@ import optax
 from jaxvision.core import trees
 from jaxvision.methods.trs.diagnostics import scale_of_output
 from jaxvision.methods.trs.variants import Variant
+from jaxvision.models.quantized_attention import PREFIX
 from jaxvision.optim import adamt, adamwt, freeze_oscillating, optimizers, schedules, sgdt
 
 GROUPS = ("latent", "float", "norm", "scale", "clip", "frozen")
@@ -46,6 +47,8 @@ def label(name: str, latent: Collection[str], siblings: Collection[str], *, free
         return "clip"
     if kernel in latent and leaf.startswith(("input_", "output_")):
         return "scale"
+    if leaf.startswith(PREFIX):  # of the products of attention
+        return "clip" if leaf.endswith("_alpha") else "scale"
     if leaf in ("scale", "bias", "slope") and kernel not in siblings:
         return "norm"
     return "float"
