@@ -41,7 +41,8 @@ Fields beside those of ``configs/common.py``:
                 with the running ones is logged and reported beside it
     calibration_images  training images that the scales are fitted to
     export      the arm whose network of the first seed is written ("": none): quantized.safetensors, which
-                model.init_from takes again, and integers.safetensors with integers.json, codes for other programs
+                model.init_from takes again, and integers.safetensors with integers.json, codes for other programs with
+                the normalisations folded in
     how         trainings of an arm: "map" one after the other, "vmap" at once, "unroll" written out (engine/seeds.py),
                 "call" one program called for each member (one device)
 """

@@ -133,6 +133,8 @@ class Interceptor:
         module = context.module
         if isinstance(module, BatchNorm | LayerNorm) and context.method_name == "__call__":
             self._pending = ""
+        if isinstance(module, BatchNorm) and context.method_name == "__call__" and _is_folded(module):
+            return (args[0] + module.get_variable("params", "bias")).astype(module.dtype)
         if not isinstance(module, Conv | Dense | PatchEmbed) or context.method_name != "product":
             return call(*args, **kwargs)
         name = "/".join((*module.path, "kernel"))
@@ -154,6 +156,12 @@ class Interceptor:
                 f"{self._pending} has a quantizer that drops the scale, but no normalisation follows the layer; "
                 "give it output_scale=True, or leave it in float"
             )
+
+
+def _is_folded(module: BatchNorm) -> bool:
+    """Whether the layer before has taken over all but the bias (``integer_folding.py``)."""
+    left = module.has_variable("params", "bias") and not module.has_variable("params", "scale")
+    return left and not module.is_initializing()
 
 
 def _product(

@@ -297,8 +297,8 @@ def test_files_that_are_not_ours(images, tmp_path):
     described.write_text(text[:-9])
     with pytest.raises(DataError, match="is not valid JSON"):
         integer_file.load(path)
-    described.write_text(text.replace('"version": 1', '"version": 2'))
-    with pytest.raises(DataError, match=r"no integer network of format .* version 1, but 'jaxvision"):
+    described.write_text(text.replace('"version": 2', '"version": 3'))
+    with pytest.raises(DataError, match=r"no integer network of format .* version 2, but 'jaxvision"):
         integer_file.load(path)
 
     arrays, metadata = safetensors.numpy.load(data), json.loads(text)
