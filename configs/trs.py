@@ -35,6 +35,9 @@ Fields beside those of ``configs/common.py``:
                 rule, eta, granularity ("tensor", "model", or "label": kernels that the same regular expression of
                 labels finds first share a rate, others have their own), initial_rate, min_step_size, max_step_size
     dampening   weight; freezing: start and end of the threshold, momentum (of the frequency of oscillation)
+    ewgs        arms of that family: every_epochs between two estimates of delta from the curvature of the loss (0.0:
+                it stays 0.001; official: 10 on CIFAR, 1 on ImageNet), each the mean over batches with at most so many
+                draws of random signs; a step of an estimate costs 2 draws more passes
     oscillation measure how often codes turn back in every arm: 11 bytes a latent weight
     reestimate_batches  training batches over which batch statistics are averaged anew after each arm, weights frozen,
                 before the arm is judged (Nagel et al. 2022; 0: the running ones of training are kept); the accuracy
@@ -121,6 +124,7 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
     )
     config.dampening = ConfigDict({"weight": 1e-3})
     config.freezing = ConfigDict({"start": 0.04, "end": 0.01, "momentum": 0.01})
+    config.ewgs = ConfigDict({"every_epochs": 0.0, "batches": 3, "draws": 50})
     config.oscillation = True
     config.reestimate_batches = 0
     config.calibration_images = 256

@@ -110,19 +110,20 @@ class QuantizedNetwork:
         return next((rule.layer for rule in self.products if re.search(rule.pattern, name)), None)
 
     @contextlib.contextmanager
-    def _intercepting(self, layers: Interceptor, *, fit: bool = False) -> Iterator[None]:
+    def intercepting(self, layers: Interceptor, *, fit: bool = False) -> Iterator[None]:
+        """The context in which the module's own ``init`` and ``apply`` are quantized."""
         products = AttentionInterceptor(self.find_product, fit=fit)
         with nn.intercept_methods(layers), nn.intercept_methods(products):
             yield
 
     def init(self, key: Any, *args: Any, **kwargs: Any) -> Any:
         """Fresh variables, traceable. Scales of kernels fit them, those of inputs [0, 1] until :meth:`calibrate`."""
-        with self._intercepting(Interceptor(self.find)):
+        with self.intercepting(Interceptor(self.find)):
             return self.module.init(key, *args, **kwargs)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs. rngs may have ``gradient`` beside ``dropout``."""
-        with self._intercepting(Interceptor(self.find)):
+        with self.intercepting(Interceptor(self.find)):
             return self.module.apply(variables, *args, **kwargs)
 
     def calibrate(self, variables: Any, images: jax.Array) -> Any:
@@ -132,7 +133,7 @@ class QuantizedNetwork:
         its quantized predecessors give it, as the official codes do in their first training step; batch statistics
         are used and not moved.
         """
-        with self._intercepting(Interceptor(self.find, fit=True), fit=True):
+        with self.intercepting(Interceptor(self.find, fit=True), fit=True):
             rngs = {"dropout": jax.random.key(0)}
             mutable = [name for name in variables if name != BITS]
             _, updated = self.module.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
@@ -255,7 +256,7 @@ class QuantizedNetwork:
 
         def run(probes: Mapping[str, jax.Array]) -> tuple[jax.Array, Interceptor]:
             seen = Interceptor(self.find, probes=probes)
-            with self._intercepting(seen):
+            with self.intercepting(seen):
                 return loss(self.module.apply(variables, *args, **kwargs)), seen
 
         shapes: dict[str, jax.ShapeDtypeStruct] = {}

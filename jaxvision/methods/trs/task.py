@@ -139,6 +139,7 @@ def _trainers(
     }
     scaled, made = config.transition.one_of("scale_with_bits", (True, False)), []
     control, labels = recipe.control, _labels(config.transition, model)
+    curvature = _curvature(config.ewgs, per_epoch)
     for index, variant in enumerate(chosen):
         network = networks[variant.family]
         training.check_remedy(variant, network, model.image)
@@ -150,10 +151,23 @@ def _trainers(
                 recipe=dataclasses.replace(recipe, target_factors=factors, control=control | labels(network)),
                 offset=offset + index * (steps + batches),
                 keep_variables=variant.name == config.export,
+                curvature=curvature if variant.family == "ewgs" else None,
                 **common,
             )
         )
     return tuple(made)
+
+
+def _curvature(block: Config, per_epoch: int) -> training.Curvature | None:
+    """The block ``ewgs``."""
+    every = schedules.epochs_to_steps(block.positive("every_epochs", zero=True), per_epoch)
+    batches, draws = block.positive("batches"), block.positive("draws")
+    if every and every < batches:
+        raise ConfigError(
+            f"{block.where('every_epochs')}={block.every_epochs} is {every} steps, fewer than the "
+            f"{block.where('batches')}={batches} that an estimate takes"
+        )
+    return training.Curvature(every, batches, draws) if every else None
 
 
 def _with_target(

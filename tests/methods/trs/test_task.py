@@ -163,6 +163,31 @@ def test_reactnet_starts_from_binary_inputs_and_trains_binary_weights():
     assert np.isfinite(metrics["loss"].compute()) and "step_size/layer2_0.binary_conv_0" in metrics
 
 
+def test_ewgs_estimates_its_deltas_when_they_are_due():
+    """Two estimates' worth of steps, two batches each: nothing moves before, and after the second batch all does."""
+    built = task(
+        arms=("sgd", "ewgs"), export="", ewgs__every_epochs=0.5, ewgs__batches=2, ewgs__draws=3, grid__sgd=(1e-3,),
+        how="map",
+    )  # fmt: skip
+    first, plain, stage = built.stages
+    every = schedules.epochs_to_steps(0.5, 512 // 64)
+    key, compiled = jax.random.key(0), jax.jit(stage.step)
+    start = jax.jit(first.begin)(jax.jit(built.init)(key), key)
+    state = jax.jit(stage.begin)(start.replace(extra={arms.START: {"params": start.params, **start.model_state}}), key)
+    state = state.replace(step=jnp.int32(first.steps + plain.steps))
+    seen = []
+    for step in range(every + 2):
+        state, metrics = compiled(state, stage.data.batch_at(step), key)
+        state = state.replace(step=state.step + 1)
+        deltas = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.model_state["delta"])])
+        seen.append(deltas)
+        np.testing.assert_allclose(metrics["weights/delta_0"].compute(), deltas.mean(), rtol=1e-5)
+    assert all((each == np.float32(1e-3)).all() for each in seen[: every + 1])
+    assert (seen[-1] != np.float32(1e-3)).all() and (seen[-1] >= 0).all() and np.isfinite(seen[-1]).all()
+    assert "delta" not in jax.eval_shape(plain.begin, jax.eval_shape(lambda: start.replace(extra={arms.START: {
+        "params": start.params, **start.model_state}})), key).model_state  # fmt: skip
+
+
 def test_lsq_has_two_levels_of_weights_at_one_bit():
     built = task(arms=("lsq",), export="")
     begin = built.stages[1].begin
@@ -203,6 +228,10 @@ def test_targets_scale_with_the_bits_of_each_layer():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"ewgs__every_epochs": 0.25},
+            "config.ewgs.every_epochs=0.25 is 2 steps, fewer than the config.ewgs.batches=3",
+        ),
         ({"reestimate_batches": -1}, "config.reestimate_batches=-1 must be a number of at least 0"),
         ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\) must be at least one seed, each once"),
         ({"grid__sgd": ("a",)}, r"config.grid.sgd=\('a',\) must be numbers"),
