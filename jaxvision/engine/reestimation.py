@@ -42,9 +42,9 @@ def count(config: Config, variables: Any) -> int:
     return batches
 
 
-def judged(arm: arms.Arm, batches: int) -> arms.Arm:
-    """The arm by the name of the stage whose evaluations count: its own, or that of the estimation."""
-    return dataclasses.replace(arm, name=arm.name + SUFFIX) if batches else arm
+def judged(arm: str, batches: int) -> str:
+    """The name of the stage whose evaluations of an arm count: its own, or that of the estimation."""
+    return arm + SUFFIX if batches else arm
 
 
 def stages(
@@ -83,27 +83,27 @@ def stages(
         return state, {"statistics_change": Mean.of(jnp.stack(moves))}
 
     estimating = dataclasses.replace(
-        judged(arm, batches), step=step, steps=batches, schedules={}, separate=(), check=None, pretrains=False
+        arm, name=arm.name + SUFFIX, step=step, steps=batches, schedules={}, separate=(), check=None, pretrains=False
     )
     made = arms.stage(estimating, seeds, data, evals, how=how)
     return arm_stage, dataclasses.replace(made, begin=None)
 
 
 def note(
-    results: Results, rows: Mapping[str, tuple[arms.Arm, Sequence[int]]], metric: str, evaluation: str, batches: int
+    results: Results, rows: Mapping[str, tuple[str, Sequence[int]]], metric: str, evaluation: str, batches: int
 ) -> str:
     """A sentence for the report: what the arms came to with the running statistics of training.
 
     Args:
       results: of the run.
-      rows: label -> the arm and its members (one a seed).
+      rows: label -> name of the arm and its members (one a seed).
       metric: a fraction, shown in %.
       evaluation: the one that is reported.
       batches: that were averaged.
     """
     parts = []
     for label, (arm, members) in rows.items():
-        running = np.asarray([results.last(arm.name, evaluation, f"{metric}_{index}") for index in members])
+        running = np.asarray([results.last(arm, evaluation, f"{metric}_{index}") for index in members])
         parts.append(f"{label} {arms.spread(running, scale=100)}")
     return (
         f"Judged with batch statistics that were averaged over {batches} training batches after each arm; with the "

@@ -9,6 +9,7 @@ The official code estimates one tensor after the other; here one random vector s
 terms have mean 0: two tensors a layer cost what one costs.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvision.core import trees
-from jaxvision.models.quantized import QuantizedNetwork
+from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork
 from jaxvision.models.quantized_layer import DELTA, Interceptor
 from jaxvision.quant.ewgs import MAX_DRAWS, TOLERANCE, curvature_ratio, hessian_traces
 
@@ -51,8 +52,14 @@ def measure(
     kernels = _kernels(network, variables["params"])
     mutable = [name for name in variables if name not in ("params", DELTA)]
 
+    def fake(name: str) -> LayerQuant | None:
+        """Float operands on the grid, whatever trains the network: only they can be moved off it."""
+        layer = network.find(name)
+        bits = None if layer is None else Bits(layer.bits.weight, layer.bits.input)
+        return None if layer is None else dataclasses.replace(layer, bits=bits, execution="fake")
+
     def run(probes: Any) -> tuple[jax.Array, Interceptor]:
-        seen = Interceptor(network.find, operands=probes)
+        seen = Interceptor(fake, operands=probes)
         with network.intercepting(seen):
             rngs = {"dropout": jax.random.fold_in(key, 1)}
             outputs, _ = network.module.apply(variables, images, train=True, mutable=mutable, rngs=rngs)

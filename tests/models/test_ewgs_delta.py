@@ -56,6 +56,18 @@ def test_ratios_of_a_quadratic_loss():
     assert down["conv"]["delta"][0] < 0 and down["conv"]["delta"][1] == 0
 
 
+def test_the_integer_execution_has_the_same_ratios():
+    options = {"execution": "int", "gradient": "uniform"}
+    layer = LayerQuant(Recipe(EWGSWeight), Recipe(EWGSActivation), Bits(2, 3, 4), **options)
+    nets = network(), QuantizedNetwork(Net(), (Rule("conv", layer),))
+    variables = variables_of(nets[0])
+    one, other = (
+        ewgs_delta.measure(net, variables, lambda y: jnp.sum(y**2), IMAGES, jax.random.key(0), max_draws=5)
+        for net in nets
+    )  # fmt: skip
+    np.testing.assert_array_equal(one["conv"]["delta"], other["conv"]["delta"])
+
+
 def test_a_networks_gradients_use_its_deltas():
     net = network()
     variables = variables_of(net, 0.5)

@@ -1,5 +1,6 @@
 """What became of the arms: their settings' accuracies, and the setting that validation chose for each."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from jaxvision.engine import arms, recipes, reestimation
@@ -73,7 +74,7 @@ def choose(run: Run, results: Results) -> list[Chosen]:
     """For each arm the rate that is best on validation, judged on the test images."""
     found = []
     for way in run.ways:
-        judged = reestimation.judged(way, run.reestimated)
+        judged = dataclasses.replace(way, name=reestimation.judged(way.name, run.reestimated))
         settings = arms.outcomes(results, judged, run.seeds, METRIC, choose=run.choosing, judge=JUDGED)
         best = arms.best(settings)
         index = settings.index(best)

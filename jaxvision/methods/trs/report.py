@@ -133,7 +133,7 @@ def _notes(run: Run, results: Results, chosen: Sequence[Chosen]) -> tuple[str, .
             if plain is not None and run.trainers[index].variant.scheduled:
                 notes.append(_against(run, chosen, plain, index))
     if run.reestimated:
-        rows = {way.name: (way, each.members(run)) for way, each in zip(run.ways, chosen)}
+        rows = {way.name: (way.name, each.members(run)) for way, each in zip(run.ways, chosen)}
         notes.append(reestimation.note(results, rows, METRIC, JUDGED, run.reestimated))
     families = {trainer.variant.family for trainer in run.trainers}
     if "W1" in _bits(run) and "lsq" in families:

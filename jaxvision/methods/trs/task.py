@@ -1,7 +1,7 @@
 """The task ``trs``: [train float networks] -> each arm: quantize them and train on -> tables and figures.
 
-The only place where the configuration is read (its fields are explained in ``configs/trs.py``). Every arm is one stage
-whose members are all seeds and learning rates (``engine/arms.py``).
+The only place where the configuration is read, with ``settings.py`` (its fields are explained in ``configs/trs.py``).
+Every arm is one stage whose members are all seeds and learning rates (``engine/arms.py``).
 """
 
 import dataclasses
@@ -12,25 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxvision.core import name_rules, trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
 from jaxvision.engine import arms, recipes, reestimation, supervised
 from jaxvision.engine.quantization import FLOAT_BITS, bit_rules, build_network
 from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import State, Task
-from jaxvision.methods.trs import optimizers, report, training, variants, weights
+from jaxvision.methods.trs import report, settings, training, variants, weights
 from jaxvision.methods.trs.outcome import Run
 from jaxvision.methods.trs.training import Trainer
 from jaxvision.methods.trs.variants import Variant
 from jaxvision.models import zoo
 from jaxvision.models.quantized import QuantizedNetwork
 from jaxvision.optim import schedules, transition_rules
-from jaxvision.optim.transition_rate import GRANULARITIES
 from jaxvision.optim.transition_target import initial_target
 
 FLOAT = "float"
-LIMITS = ("min_step_size", "max_step_size")
 
 
 def make(config: Config) -> Task:
@@ -124,22 +121,22 @@ def _trainers(
 
     ``images`` are what scales are fitted to; None: they are fitted already.
     """
-    chosen, recipe = _variants(config), _recipe(config, steps, per_epoch)
+    chosen, recipe = _variants(config), settings.recipe(config, steps, per_epoch)
     common: dict[str, Any] = {
         "family_of_run": config.quantization.family,
         "image": model.image,
         "images": images,
         "smoothing": config.optimizer.positive("label_smoothing", zero=True),
         "accumulate": recipes.check_accumulation(config.optimizer, config.data.batch_size),
-        "dampening": _rising(config.dampening.positive("weight", zero=True), steps),
+        "dampening": settings.rising(config.dampening.positive("weight", zero=True), steps),
     }
     networks = {
         name: build_network(_with_family(config, name), model.module, model.image)
         for name in dict.fromkeys(variant.family for variant in chosen)
     }
     scaled, made = config.transition.one_of("scale_with_bits", (True, False)), []
-    control, labels = recipe.control, _labels(config.transition, model)
-    curvature = _curvature(config.ewgs, per_epoch)
+    control, labels = recipe.control, settings.labels(config.transition, model)
+    curvature = settings.curvature(config.ewgs, per_epoch)
     for index, variant in enumerate(chosen):
         network = networks[variant.family]
         training.check_remedy(variant, network, model.image)
@@ -156,18 +153,6 @@ def _trainers(
             )
         )
     return tuple(made)
-
-
-def _curvature(block: Config, per_epoch: int) -> training.Curvature | None:
-    """The block ``ewgs``."""
-    every = schedules.epochs_to_steps(block.positive("every_epochs", zero=True), per_epoch)
-    batches, draws = block.positive("batches"), block.positive("draws")
-    if every and every < batches:
-        raise ConfigError(
-            f"{block.where('every_epochs')}={block.every_epochs} is {every} steps, fewer than the "
-            f"{block.where('batches')}={batches} that an estimate takes"
-        )
-    return training.Curvature(every, batches, draws) if every else None
 
 
 def _with_target(
@@ -206,12 +191,6 @@ def _calibration(config: Config, data: recipes.Data) -> Callable[[], np.ndarray]
     return functools.cache(lambda: chosen.batch_at(0)["image"])
 
 
-def _rising(weight: float, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """0 at first, ``weight`` at the end, along a cosine."""
-    falling = schedules.cosine(weight, max(steps, 1))
-    return lambda count: weight - falling(count)
-
-
 def _variants(config: Config) -> tuple[Variant, ...]:
     names, baseline = tuple(config.arms), config.one_of("baseline", variants.OPTIMIZERS)
     target, rule = float(config.transition.positive("target")), config.transition.rule
@@ -232,77 +211,6 @@ def _with_family(config: Config, family: str) -> Config:
     return Config({**values, "family": family, **({} if own else {"output_scale": None})}, "config.quantization")
 
 
-def _recipe(config: Config, steps: int, per_epoch: int) -> optimizers.Recipe:
-    block, control, freezing = config.optimizer, config.transition, config.freezing
-    shape = recipes.build_schedule(block.schedule, 1.0, steps, per_epoch)
-    low, high = _below_one(freezing, "end"), _below_one(freezing, "start")
-    limits = {name: _optional(control, name, zero=name == "min_step_size") for name in LIMITS}
-    if None not in limits.values() and limits["min_step_size"] > limits["max_step_size"]:
-        raise ConfigError(
-            f"{control.where('min_step_size')}={limits['min_step_size']} is above {control.where('max_step_size')}="
-            f"{limits['max_step_size']}; swap them, or leave one out"
-        )
-    initial_rate = _optional(control, "initial_rate", zero=True)
-    if initial_rate is not None and initial_rate > 1:
-        raise ConfigError(
-            f"{control.where('initial_rate')}={initial_rate} must be at most 1, as rates are fractions of the weights"
-        )
-    given = {**limits, "initial_rate": initial_rate}
-    granularity = control.one_of("granularity", GRANULARITIES)
-    return optimizers.Recipe(
-        shape,
-        momentum=_below_one(block, "momentum", zero=True),
-        nesterov=block.one_of("nesterov", (True, False)),
-        b1=_below_one(block, "b1", zero=True),
-        b2=_below_one(block, "b2", zero=True),
-        eps=block.positive("eps"),
-        weight_decay=float(block.positive("weight_decay", zero=True)),
-        scale_lr=float(block.positive("scale_lr", zero=True)),
-        control={"granularity": granularity, **{name: value for name, value in given.items() if value is not None}},
-        rate_momentum=_below_one(control, "momentum", zero=True),
-        eta=_optional(control, "eta"),
-        freezing=schedules.cosine(high, max(steps, 1), end=low),
-        freezing_momentum=_below_one(freezing, "momentum"),
-        oscillation=config.one_of("oscillation", (True, False)),
-    )
-
-
-def _below_one(config: Config, key: str, *, zero: bool = False) -> float:
-    """A field above 0 (or, with ``zero``, at least 0) and below 1."""
-    value = config.positive(key, zero=zero)
-    if not value < 1:
-        raise ConfigError(f"{config.where(key)}={value!r} must be below 1")
-    return value
-
-
-def _optional(config: Config, key: str, *, zero: bool = False) -> float | None:
-    """A field that may be None, else a number above 0 (or, with ``zero``, at least 0)."""
-    return None if getattr(config, key) is None else config.positive(key, zero=zero)
-
-
-def _labels(control: Config, model: recipes.Model) -> Callable[[QuantizedNetwork], dict[str, Any]]:
-    """From a network to the argument ``labels`` of its transition rates; there is none unless rates are a label's."""
-    patterns, where = control.words("labels"), control.where("labels")
-    if (control.granularity == "label") != bool(patterns):
-        raise ConfigError(
-            f"{where}={patterns!r}, but {control.where('granularity')}={control.granularity!r}: regular expressions of "
-            "kernels that share a rate go with 'label', and only with it"
-        )
-
-    def label(name: str, _: Any) -> str:
-        index = name_rules.first(patterns, name)
-        return name if index is None else patterns[index]
-
-    def of(network: QuantizedNetwork) -> dict[str, Any]:
-        if not patterns:
-            return {}
-        layers = network.check(model.image)
-        name_rules.check(where, patterns, [name for name, layer in layers.items() if layer.bits.weight is not None])
-        return {"labels": functools.partial(trees.map_named, label)}
-
-    return of
-
-
 def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> dict[str, tuple[float, ...]]:
     """The learning rates of each optimizer."""
     rates = {name: config.grid.numbers(name) for name in variants.OPTIMIZERS}
@@ -316,16 +224,5 @@ def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> 
                 "nothing to choose one on; hold images out, or leave one rate"
             )
     for trainer in trainers:
-        _check_limits(config, trainer.variant, rates[trainer.variant.optimizer])
+        settings.check_limits(config, trainer.variant, rates[trainer.variant.optimizer])
     return rates
-
-
-def _check_limits(config: Config, variant: Variant, rates: tuple[float, ...]) -> None:
-    """Raises ConfigError where a scheduled arm would start with a step size beyond its limits."""
-    low, high = (getattr(config.transition, name) for name in LIMITS)
-    beyond = [r for r in rates if (low is not None and r < low) or (high is not None and r > high)]
-    if variant.scheduled and beyond:
-        raise ConfigError(
-            f"{config.grid.where(variant.optimizer)}={rates} has {beyond[0]:g}, with which {variant.name!r} would "
-            f"start beyond config.transition.min_step_size={low} or max_step_size={high}; change one of the two"
-        )

@@ -14,7 +14,7 @@ from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import arms, quantized_files
 from jaxvision.engine.quantization import build_network
 from jaxvision.main import make_task
-from jaxvision.methods.trs import optimizers, training, variants, weights
+from jaxvision.methods.trs import optimizers, settings, training, variants, weights
 from jaxvision.methods.trs import task as trs_task
 from jaxvision.methods.trs.variants import parse
 from jaxvision.models import weight_file, zoo
@@ -204,7 +204,7 @@ def test_a_label_is_the_first_regular_expression_that_finds_a_kernel():
     model = weights.Model("plain_cnn", module, image)
     network = build_network(config.quantization, module, image)
     control = Config({"granularity": "label", "labels": ("3/", "v[23]/")}, "config.transition")
-    labels = trs_task._labels(control, model)(network)["labels"]
+    labels = settings.labels(control, model)(network)["labels"]
     assert labels({"conv2": {"kernel": 0}, "conv3": {"kernel": 0}, "conv4": {"kernel": 0}}) == {
         "conv2": {"kernel": "v[23]/"}, "conv3": {"kernel": "3/"}, "conv4": {"kernel": "conv4/kernel"},
     }  # fmt: skip
