@@ -195,12 +195,12 @@ def cifar10_subset() -> ConfigDict:
     return common.finish(config)
 
 
-def cifar(num_classes: int) -> ConfigDict:
+def cifar(num_classes: int, model: ConfigDict | None = None, quantization: ConfigDict | None = None) -> ConfigDict:
     """The official code's recipe: 400 epochs for the float network, 400 for each arm, from one rate."""
     config = base(
         common.cifar(num_classes, batch_size=256, eval_batch_size=100, **CIFAR_STATISTICS),
-        common.model("resnet20", settings={"final_norm": True}),
-        common.quantization("trs", 2, 2, float_layers=("^conv1/", "^linear/")),
+        model or common.model("resnet20", settings={"final_norm": True}),
+        quantization or common.quantization("trs", 2, 2, float_layers=("^conv1/", "^linear/")),
         log_every=195,
         save_every=1950,
     )
@@ -221,10 +221,8 @@ def cifar_reactnet(num_classes: int) -> ConfigDict:
 
     Epochs, rates and target of CIFAR's ResNet-20: the paper's for this network aren't published, nor is its stem.
     """
-    config = cifar(num_classes)
+    config = cifar(num_classes, common.model("reactnet18_cifar"), binary_layers())
     with config.unlocked():
-        config.model = common.model("reactnet18_cifar")
-        config.quantization.update(binary_layers())
         config.float.quantized_inputs = True
     return config
 
