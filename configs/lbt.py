@@ -28,13 +28,17 @@ Fields beside those of ``configs/common.py``:
     fixed_gammas   of arm fixed
     search         of dsgc and whole_error: every (steps), points (gammas tried), rate_factors (of dsgc: 1.0 scales
                    the rate by max(exp(-20 d), 0.1), 0.0 doesn't)
+    reestimate_batches  training batches over which batch statistics are averaged anew after each arm, weights frozen,
+                   before the arm is judged (Nagel et al. 2022; 0: the running ones of training are kept); the accuracy
+                   with the running ones is logged and reported beside it
     export         the arm whose network is written, "": none: the first seed of its first width and setting at their
                    chosen rate, as quantized.safetensors (for jaxvision.tools.export) and integers.safetensors
     how            trainings of an arm: map, one after the other; vmap, at once; unroll, written out (engine/seeds.py);
                    call, one program called for each member (one device)
-    quantization   of ``engine/quantization.py`` (noise_bits for all arms, exponent for piecewise); downsampling
-                   convolutions stay float with --config.quantization.float_layers="('downsample',)", integers compute
-                   with --config.quantization.execution=int
+    quantization   of ``engine/quantization.py`` (noise_bits for all arms, exponent for piecewise; products: those of
+                   attention with quantized operands, their gradients stay float); downsampling convolutions stay float
+                   with --config.quantization.float_layers="('downsample',)", integers compute with
+                   --config.quantization.execution=int
 """
 
 from ml_collections import ConfigDict
@@ -82,9 +86,11 @@ def base(data: ConfigDict, model: ConfigDict, optimizer: ConfigDict, **engine) -
     )
     config.fixed_gammas = (1.0,)
     config.search = ConfigDict({"every": 100, "points": 96, "rate_factors": (0.0,)})
+    config.reestimate_batches = 0
     config.export, config.how = "", "vmap"
     config.data, config.model, config.optimizer = data, model, optimizer
     config.quantization = common.quantization("lbt", 4, 4)
+    config.quantization.products = ()
     # The arms say how gradients are quantized, gradient_bits says how finely.
     del config.quantization.gradient, config.quantization.gradient_bits
     return config

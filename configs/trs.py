@@ -11,8 +11,8 @@
         --config.model.init_from=FILE
         FILE is a torchvision (DeiT: timm) checkpoint, DIR holds train/<class>/* and val/<class>/*
 
-Presets: ``smoke`` (seconds), ``cifar10_subset``, ``{cifar10,cifar100}_resnet20``,
-``imagenet_{resnet18,mobilenet_v2,deit_t,deit_s}``. The step schedule of the paper's supplement:
+Presets: ``smoke`` (seconds), ``cifar10_subset``, ``{cifar10,cifar100}_{resnet20,reactnet18}``,
+``imagenet_{resnet18,mobilenet_v2,reactnet18,deit_t,deit_s}``. The step schedule of the paper's supplement:
 ``--config.optimizer.schedule.name=multistep --config.optimizer.schedule.milestones='(100.,200.,300.)'``.
 
 Fields beside those of ``configs/common.py``:
@@ -23,19 +23,29 @@ Fields beside those of ``configs/common.py``:
                 (lsq, ewgs, dorefa, pact, ...), dampening or freezing; adamt_1e-2, lsq, sgdt_additive
     baseline    the optimizer of arms that name none
     epochs      of each arm; eval_every_epochs: 0: at the end
-    float       epochs and optimizer of the float network; unused where model.init_from is set
+    float       epochs and optimizer of the float network; quantized_inputs: it has the run's inputs and float weights,
+                as ReActNet's first step (W32A1); unused where model.init_from is set
     grid        optimizer -> learning rates, which are the initial step sizes of transition-rate scheduling. With
                 several, one is chosen on the data.validation_size images that are held out of the training split
+    quantization  as in ``engine/quantization.py``; products: those of attention whose operands are quantized too, by
+                regular expression, with the widths of both operands: (('q_k',(4,4)),('softmax_v',(4,4)))
     optimizer   of all quantized arms: momentum, nesterov, b1, b2, eps, weight_decay, scale_lr (of quantizer scales),
                 accumulate, label_smoothing, schedule (of rates and targets alike)
     transition  target (the paper's factor), scale_with_bits (times the square root of the weights' bits), momentum,
                 rule, eta, granularity ("tensor", "model", or "label": kernels that the same regular expression of
                 labels finds first share a rate, others have their own), initial_rate, min_step_size, max_step_size
     dampening   weight; freezing: start and end of the threshold, momentum (of the frequency of oscillation)
+    ewgs        arms of that family: every_epochs between two estimates of delta from the curvature of the loss (0.0:
+                it stays 0.001; official: 10 on CIFAR, 1 on ImageNet), each the mean over batches with at most so many
+                draws of random signs; a step of an estimate costs 2 draws more passes
     oscillation measure how often codes turn back in every arm: 11 bytes a latent weight
+    reestimate_batches  training batches over which batch statistics are averaged anew after each arm, weights frozen,
+                before the arm is judged (Nagel et al. 2022; 0: the running ones of training are kept); the accuracy
+                with the running ones is logged and reported beside it
     calibration_images  training images that the scales are fitted to
     export      the arm whose network of the first seed is written ("": none): quantized.safetensors, which
-                model.init_from takes again, and integers.safetensors with integers.json, codes for other programs
+                model.init_from takes again, and integers.safetensors with integers.json, codes for other programs with
+                the normalisations folded in
     how         trainings of an arm: "map" one after the other, "vmap" at once, "unroll" written out (engine/seeds.py),
                 "call" one program called for each member (one device)
 """
@@ -48,8 +58,10 @@ from configs import common
 BASELINES = ("lsq", "ewgs", "dorefa", "pact", "dampening", "freezing")
 ARMS = ("sgd", "sgdt", "sgdt_1e-2", "sgdt_1e-2_additive", "adam", "adamt_1e-2", *BASELINES)
 CIFAR = {"cifar10_resnet20": 10, "cifar100_resnet20": 100}
+REACTNET = {"cifar10_reactnet18": 10, "cifar100_reactnet18": 100}
 DEIT = {"imagenet_deit_t": "deit_tiny_patch16_224", "imagenet_deit_s": "deit_small_patch16_224"}
-PRESETS = ("smoke", "cifar10_subset", *CIFAR, "imagenet_resnet18", "imagenet_mobilenet_v2", *DEIT)
+IMAGENET = ("imagenet_resnet18", "imagenet_mobilenet_v2", "imagenet_reactnet18")
+PRESETS = ("smoke", "cifar10_subset", *CIFAR, *REACTNET, *IMAGENET, *DEIT)
 
 # The statistics of the official code; the pretrained CIFAR weights in use elsewhere want ImageNet's.
 CIFAR_STATISTICS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -58,11 +70,13 @@ CIFAR_STATISTICS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.
 def get_config(preset: str = "") -> ConfigDict:
     """The configuration of a preset."""
     presets = {"": digits, "smoke": smoke, "cifar10_subset": cifar10_subset, "imagenet_resnet18": resnet18}
-    presets["imagenet_mobilenet_v2"] = mobilenet_v2
+    presets |= {"imagenet_mobilenet_v2": mobilenet_v2, "imagenet_reactnet18": reactnet18}
     if preset in presets:
         return presets[preset]()
     if preset in CIFAR:
         return cifar(CIFAR[preset])
+    if preset in REACTNET:
+        return cifar_reactnet(REACTNET[preset])
     if preset in DEIT:
         return deit(DEIT[preset])
     raise common.unknown_preset(preset, PRESETS)
@@ -76,8 +90,9 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
     config.arms, config.baseline = ARMS, "sgd"
     config.epochs, config.eval_every_epochs = 400.0, 0.0
     config.data, config.model, config.quantization = data, model, quantization
+    config.quantization.products = ()
     float_optimizer = common.optimizer("sgd", 0.1, weight_decay=1e-4, schedule={"per_epoch": True})
-    config.float = ConfigDict({"epochs": 0.0, "optimizer": float_optimizer})
+    config.float = ConfigDict({"epochs": 0.0, "quantized_inputs": False, "optimizer": float_optimizer})
     config.grid = ConfigDict({"sgd": (0.1,), "adam": (1e-3,), "adamw": (3e-4,)})
     config.optimizer = ConfigDict(
         {
@@ -109,7 +124,9 @@ def base(data: ConfigDict, model: ConfigDict, quantization: ConfigDict, **engine
     )
     config.dampening = ConfigDict({"weight": 1e-3})
     config.freezing = ConfigDict({"start": 0.04, "end": 0.01, "momentum": 0.01})
+    config.ewgs = ConfigDict({"every_epochs": 0.0, "batches": 3, "draws": 50})
     config.oscillation = True
+    config.reestimate_batches = 0
     config.calibration_images = 256
     config.export = ""
     config.how = "map"
@@ -178,12 +195,12 @@ def cifar10_subset() -> ConfigDict:
     return common.finish(config)
 
 
-def cifar(num_classes: int) -> ConfigDict:
+def cifar(num_classes: int, model: ConfigDict | None = None, quantization: ConfigDict | None = None) -> ConfigDict:
     """The official code's recipe: 400 epochs for the float network, 400 for each arm, from one rate."""
     config = base(
         common.cifar(num_classes, batch_size=256, eval_batch_size=100, **CIFAR_STATISTICS),
-        common.model("resnet20", settings={"final_norm": True}),
-        common.quantization("trs", 2, 2, float_layers=("^conv1/", "^linear/")),
+        model or common.model("resnet20", settings={"final_norm": True}),
+        quantization or common.quantization("trs", 2, 2, float_layers=("^conv1/", "^linear/")),
         log_every=195,
         save_every=1950,
     )
@@ -192,6 +209,22 @@ def cifar(num_classes: int) -> ConfigDict:
     config.float.epochs = 400.0
     config.export = "sgdt"
     return common.finish(config)
+
+
+def binary_layers() -> ConfigDict:
+    """ReActNet at W1A1: the 3x3 convolutions of the blocks; stem, 1x1 shortcuts and classifier float, as officially."""
+    return common.quantization("reactnet", 1, 1, float_layers=("^conv1/", "/downsample_1/", "^fc/"))
+
+
+def cifar_reactnet(num_classes: int) -> ConfigDict:
+    """ReActNet-18 at W1A1 from a network with binary inputs and float weights (W32A1), as the paper's table has it.
+
+    Epochs, rates and target of CIFAR's ResNet-20: the paper's for this network aren't published, nor is its stem.
+    """
+    config = cifar(num_classes, common.model("reactnet18_cifar"), binary_layers())
+    with config.unlocked():
+        config.float.quantized_inputs = True
+    return config
 
 
 def imagenet(model: ConfigDict, quantization: ConfigDict, data: ConfigDict | None = None) -> ConfigDict:
@@ -213,6 +246,14 @@ def resnet18() -> ConfigDict:
     return common.finish(imagenet(common.model("resnet18"), quantization))
 
 
+def reactnet18() -> ConfigDict:
+    """ReActNet-18 at W1A1 from W32A1 weights, with cross-entropy.
+
+    The paper trains with ReActNet's distributional loss (the probabilities of a float teacher); that isn't here.
+    """
+    return common.finish(imagenet(common.model("reactnet18"), binary_layers()))
+
+
 def mobilenet_v2() -> ConfigDict:
     """W4A4; depthwise layers too. Inputs from linear bottlenecks are signed: our choice, the paper doesn't say."""
     quantization = common.quantization(
@@ -228,8 +269,10 @@ def mobilenet_v2() -> ConfigDict:
 def deit(name: str) -> ConfigDict:
     """W3A3 with AdamW; patch embedding, head and the products of attention float.
 
-    The paper doesn't give the quantizers of DeiT. Ours: inputs signed, a learned scale of each layer's output, as no
-    normalisation follows the layers of a transformer. Its data augmentation, without mixup and cutmix.
+    The paper doesn't give the quantizers of DeiT, nor say whether products are quantized: they are with
+    ``--config.quantization.products="(('q_k',(3,3)),('softmax_v',(3,3)))"``. Ours: inputs signed, a learned scale of
+    each layer's output, as no normalisation follows the layers of a transformer. Its data augmentation, without mixup
+    and cutmix.
     """
     data = common.imagenet({"rand_augment": 9.0, "erasing": 0.25}, batch_size=512)
     floats = ("^patch_embed/", "^head/")

@@ -10,7 +10,16 @@ import jax
 from jaxvision.core import name_rules, struct
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.models.quantized import Bits, LayerQuant, QuantizedNetwork, Recipe, Rule, kernel_names
+from jaxvision.models.quantized import (
+    Bits,
+    LayerQuant,
+    QuantizedNetwork,
+    Recipe,
+    Rule,
+    kernel_names,
+    product_names,
+)
+from jaxvision.models.quantized_attention import SOFTMAX_PRODUCT
 from jaxvision.quant.binary import BinaryWeight
 from jaxvision.quant.families import FAMILIES, Family
 from jaxvision.quant.lsq import LSQ
@@ -28,7 +37,8 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
     of the gradient quantizer), noise_bits (32 or 8, of the random numbers that round gradients), exponent (of the kind
     "piecewise": its narrow interval is 2^-(exponent + 4) of the wide one), execution ("fake" or "int"), output_scale
     (None: as the family needs it), float_layers (regexes of the kernels left in float), bit_rules (see
-    :func:`bit_rules`), signed_inputs (regexes of kernels whose input can be negative). A layer that a bit rule gives a
+    :func:`bit_rules`), signed_inputs (regexes of kernels whose input can be negative), and where the block has it
+    products (of attention, see :func:`product_rules`). A layer that a bit rule gives a
     float operand computes in float under "int" as well.
 
     Args:
@@ -71,7 +81,7 @@ def build_network(config: Config, module: Any, image: Any) -> QuantizedNetwork:
             own["execution"] = "fake"
         is_signed = can_be_signed and name_rules.first(signed, kernel) is not None
         layers.append(Rule(f"^{re.escape(kernel)}$", _layer(family, bits, is_signed, own)))
-    network = QuantizedNetwork(module, tuple(layers))
+    network = QuantizedNetwork(module, tuple(layers), _products(config, family, module, image))
     network.check(image)
     return network
 
@@ -94,6 +104,64 @@ def bit_rules(config: Config) -> tuple[tuple[str, tuple[Any, Any, Any]], ...]:
             "weight, input and gradient; one rule is (('layer3',(8,8,32)),), with a comma at the end"
         )
     return tuple((pattern, tuple(widths)) for pattern, widths in values)
+
+
+def product_rules(config: Config) -> tuple[tuple[str, tuple[Any, Any]], ...]:
+    """The field ``products``: (regex, (first, second)) pairs, the products of attention with quantized operands.
+
+    Names are ``blocks_0/attn/q_k`` (operands q and k) and ``blocks_0/attn/softmax_v``. A block without the field has
+    float products.
+
+    Raises:
+      ConfigError: it is anything but pairs of a string and two widths; the widths themselves aren't looked at.
+    """
+    values = config.get("products", ())
+    for rule in values if isinstance(values, tuple | list) else (values,):
+        match rule:
+            case [str(), [_, _]]:
+                continue
+        raise ConfigError(
+            f"{config.where('products')} has {rule!r}, which must be a regular expression and the widths of both "
+            "operands; one rule is (('q_k',(8,8)),), with a comma at the end"
+        )
+    return tuple((pattern, tuple(widths)) for pattern, widths in values)
+
+
+def _products(config: Config, family: Family, module: Any, image: Any) -> tuple[Rule, ...]:
+    """One rule for each quantized product: the family's input quantizers, signed but for the softmax's.
+
+    The product's scale is learned where the quantizers drop it.
+    """
+    rules = product_rules(config)
+    if not rules:
+        return ()
+    kind, settings = family.activation, dict(family.activation_settings)
+    can_be_signed = "signed" in {field.name for field in dataclasses.fields(kind)}
+    if not can_be_signed and not family.any_sign:
+        raise ConfigError(
+            f"{config.where('products')} is set, but inputs of family {config.family!r} are unsigned only, and q, k "
+            "and v have both signs"
+        )
+    signed = Recipe(kind, {**settings, "signed": True} if can_be_signed else settings)
+    patterns, names = [pattern for pattern, _ in rules], product_names(module, image)
+    if not names:
+        raise ConfigError(f"{config.where('products')} is set, but the network has no attention with such products")
+    name_rules.check(config.where("products"), patterns, names)
+    found = []
+    for name in names:
+        if (index := name_rules.first(patterns, name)) is None:
+            continue
+        first, second = (None if width == FLOAT_BITS else width for width in rules[index][1])
+        softmax = name.rpartition("/")[-1] == SOFTMAX_PRODUCT
+        layer = LayerQuant(
+            signed,
+            Recipe(kind, settings) if softmax else signed,
+            Bits(second, first),
+            output_scale=family.needs_norm,
+            needs_norm=family.needs_norm,
+        )
+        found.append(Rule(f"^{re.escape(name)}$", layer))
+    return tuple(found)
 
 
 @struct.dataclass

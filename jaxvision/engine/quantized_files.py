@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxvision.core.config import Config
 from jaxvision.engine.quantization import FLOAT_BITS, build_network
 from jaxvision.engine.recipes import Model
-from jaxvision.models import integer_file, integer_network, weight_file
+from jaxvision.models import integer_file, integer_folding, integer_network, weight_file
 from jaxvision.models.quantized import QuantizedNetwork, kernel_names
 
 WEIGHTS, INTEGERS = "quantized.safetensors", "integers.safetensors"
@@ -38,8 +38,11 @@ def save_quantized(model: Model, family: str, network: QuantizedNetwork, variabl
 
 
 def save_integers(model: Model, family: str, network: QuantizedNetwork, variables: Any, path: Path) -> None:
-    """Codes and steps for other programs; beside it a JSON file (``models/integer_file.py``)."""
-    integers = integer_network.convert(network, variables)
+    """Codes and steps for other programs; beside it a JSON file (``models/integer_file.py``).
+
+    Normalisations are folded into the integer layers before them.
+    """
+    integers = integer_folding.fold(network, integer_network.convert(network, variables), model.image)
     described = integer_network.describe(network, integers, model.image)
     facts = metadata(model, family, network)
     integer_file.save(path.with_suffix(""), integer_file.IntegerModel(integers, described, facts))

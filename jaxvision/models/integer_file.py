@@ -11,11 +11,13 @@
 ``<path>.json``: ``format`` ("jaxvision.integer_network"), ``version``, ``model`` (whatever the caller says about the
 network), ``sha256`` of the safetensors file, ``layers`` in the order of their use: ``kernel``, ``product`` ("conv",
 "dense"), ``shape``, ``storage`` ("int8", "int4"), ``stride``, ``padding``, ``dilation``, ``groups``, ``input``
-(``lowest``, ``kind``, ``bits``; null: float). With these
+(``lowest``, ``kind``, ``bits``; null: float), ``norm`` (null: none). With these
 
     c = lowest + number of thresholds <= x        y = |output_scale| kernel_step step conv(c - zero, kernel) + bias
 
-in exact integers (padding is 0 of ``c - zero``); ``output_scale`` and ``bias`` only where the file has them. What lies
+in exact integers (padding is 0 of ``c - zero``); ``output_scale`` and ``bias`` only where the file has them.
+``kernel_step`` is one number or one an output channel. Where ``norm`` names a batch normalisation, that one is folded
+into the layer: of it ``variables/params/<norm>/bias`` alone is there, to be added to y. What lies
 between the layers (normalisation, ReLU, sums) is the network's code, or the StableHLO program (``stablehlo.py``).
 """
 
@@ -32,7 +34,7 @@ import safetensors.numpy
 from jaxvision.core import described_file, trees
 from jaxvision.models.integer_network import InputCodes, IntegerLayer
 
-FORMAT, VERSION = "jaxvision.integer_network", 1
+FORMAT, VERSION = "jaxvision.integer_network", 2
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def to_flat(model: IntegerModel) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         if table is not None:
             arrays |= {f"inputs/{name}/{part}": getattr(table, part) for part in ("thresholds", "step", "zero")}
         known = None if table is None else {part: getattr(table, part) for part in ("lowest", "kind", "bits")}
-        layers.append({**described, **layer.geometry, "input": known})
+        layers.append({**described, **layer.geometry, "input": known, "norm": layer.norm or None})
     metadata = {"format": FORMAT, "version": VERSION, "model": dict(model.model), "layers": layers}
     return described_file.contiguous(arrays), metadata
 
@@ -99,7 +101,8 @@ def from_flat(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> 
             table = InputCodes(
                 **table, **{part: take(f"inputs/{name}/{part}") for part in ("thresholds", "step", "zero")}
             )
-        layers[name] = IntegerLayer(name, described["product"], shape, geometry, table)
+        norm = described["norm"] or ""
+        layers[name] = IntegerLayer(name, described["product"], shape, geometry, table, norm)
         kernel = take(f"variables/params/{name}")
         if described["storage"] == "int4":
             kernel = jnp.asarray(unpack_int4(kernel, shape), jnp.int4)

@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from jaxvision.core import trees
 from jaxvision.core.errors import ConfigError, unknown
+from jaxvision.models import integer_folding
 from jaxvision.models.layers import Conv, Dense, pair
 from jaxvision.models.patches import PatchEmbed
 from jaxvision.models.quantized import QuantizedNetwork
@@ -149,7 +150,8 @@ def memory(variables: Any, integers: Any) -> Memory:
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """One layer with an integer kernel, ``y = step s_in sum (c_in - zero) codes``, then ``|output_scale|``, then bias.
+    """One layer with an integer kernel, ``y = step s_in sum (c_in - zero) codes``, then ``|output_scale|``, then bias,
+    then the bias that is left of a folded normalisation.
 
     Attributes:
       kernel: its name, ``layer1_0/conv1/kernel``.
@@ -157,6 +159,7 @@ class IntegerLayer:
       shape: of the kernel, HWIO or (in, out).
       geometry: stride, padding (both sides alike), dilation, groups; empty for a matrix.
       input: how its input becomes codes; None: it stays float.
+      norm: name of the normalisation that was folded into the layer (``integer_folding.py``); "": none.
     """
 
     kernel: str
@@ -164,6 +167,7 @@ class IntegerLayer:
     shape: tuple[int, ...]
     geometry: Mapping[str, Any]
     input: "InputCodes | None"
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,11 +202,14 @@ def describe(network: QuantizedNetwork, integers: Any, image: Any) -> dict[str, 
     params = integers["params"]
     inputs = _by_name(params, network.quantizers(params, "input", bits=integers.get(BITS)))
     leaves, found = trees.named_leaves(params), {}
+    norms = integer_folding.followers(network.module, image)
     for kernel, module in _modules(network.module, image).items():
         if kernel in leaves and jnp.issubdtype(leaves[kernel].dtype, jnp.integer):
             product = "dense" if isinstance(module, Dense) else "conv"
             table = None if inputs[kernel] is None else tabulate(inputs[kernel])
-            found[kernel] = IntegerLayer(kernel, product, leaves[kernel].shape, _geometry(module), table)
+            norm, _ = norms.get(kernel.removesuffix("/kernel"), ("", 0.0))
+            norm = norm if f"{norm}/bias" in leaves and f"{norm}/scale" not in leaves else ""
+            found[kernel] = IntegerLayer(kernel, product, leaves[kernel].shape, _geometry(module), table, norm)
     return found
 
 

@@ -13,8 +13,9 @@ How it works: ``Conv``, ``Dense`` and ``PatchEmbed`` do their product in a metho
 caller intercept the methods of modules. The interceptor here quantizes the two operands first.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from flax import linen as nn
 
 from jaxvision.core import name_rules, trees
 from jaxvision.core.errors import ConfigError
+from jaxvision.models.quantized_attention import AttentionInterceptor, check_product, is_size
 from jaxvision.models.quantized_layer import (
     BITS,
     GRADIENT_STREAM,
@@ -53,6 +55,14 @@ def kernel_names(module: nn.Module, image: Any) -> tuple[str, ...]:
     return tuple(_trace(module, Interceptor(lambda name: None), image).names)
 
 
+def product_names(module: nn.Module, image: Any) -> tuple[str, ...]:
+    """The products of attention of a network that rules can find, in the order of their use."""
+    seen = AttentionInterceptor(lambda name: None)
+    with nn.intercept_methods(seen):
+        jax.eval_shape(module.init, jax.eval_shape(lambda: jax.random.key(0)), image)
+    return tuple(dict.fromkeys(seen.names))
+
+
 def _trace(module: nn.Module, interceptor: Interceptor, image: Any) -> Interceptor:
     with nn.intercept_methods(interceptor):
         jax.eval_shape(module.init, jax.eval_shape(lambda: jax.random.key(0)), image)
@@ -77,13 +87,15 @@ class QuantizedNetwork:
       module: the float network.
       rules: in order of precedence: the first whose pattern is found in the kernel's name decides. A layer that no
         rule finds stays float.
+      products: the same for the products of attention, by their names (``quantized_attention.py``).
     """
 
     module: nn.Module
     rules: tuple[Rule, ...]
+    products: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        for rule in self.rules:
+        for rule in (*self.rules, *self.products):
             try:
                 re.compile(rule.pattern)
             except re.error as error:
@@ -93,14 +105,25 @@ class QuantizedNetwork:
         """The first rule's layer for the kernel ``name``."""
         return next((rule.layer for rule in self.rules if re.search(rule.pattern, name)), None)
 
+    def find_product(self, name: str) -> LayerQuant | None:
+        """The first rule's layer for the product ``name`` (``blocks_0/attn/q_k``)."""
+        return next((rule.layer for rule in self.products if re.search(rule.pattern, name)), None)
+
+    @contextlib.contextmanager
+    def intercepting(self, layers: Interceptor, *, fit: bool = False) -> Iterator[None]:
+        """The context in which the module's own ``init`` and ``apply`` are quantized."""
+        products = AttentionInterceptor(self.find_product, fit=fit)
+        with nn.intercept_methods(layers), nn.intercept_methods(products):
+            yield
+
     def init(self, key: Any, *args: Any, **kwargs: Any) -> Any:
         """Fresh variables, traceable. Scales of kernels fit them, those of inputs [0, 1] until :meth:`calibrate`."""
-        with nn.intercept_methods(Interceptor(self.find)):
+        with self.intercepting(Interceptor(self.find)):
             return self.module.init(key, *args, **kwargs)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """The network's outputs. rngs may have ``gradient`` beside ``dropout``."""
-        with nn.intercept_methods(Interceptor(self.find)):
+        with self.intercepting(Interceptor(self.find)):
             return self.module.apply(variables, *args, **kwargs)
 
     def calibrate(self, variables: Any, images: jax.Array) -> Any:
@@ -110,7 +133,7 @@ class QuantizedNetwork:
         its quantized predecessors give it, as the official codes do in their first training step; batch statistics
         are used and not moved.
         """
-        with nn.intercept_methods(Interceptor(self.find, fit=True)):
+        with self.intercepting(Interceptor(self.find, fit=True), fit=True):
             rngs = {"dropout": jax.random.key(0)}
             mutable = [name for name in variables if name != BITS]
             _, updated = self.module.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
@@ -125,7 +148,23 @@ class QuantizedNetwork:
         seen = _trace(self.module, Interceptor(self.find, checks=True), image)
         seen.finish()
         name_rules.check("the network's rules", [rule.pattern for rule in self.rules], seen.names)
+        self.check_products(image)
         return {name: layer for name in seen.names if (layer := self.find(name)) is not None}
+
+    def check_products(self, image: Any) -> dict[str, LayerQuant]:
+        """The quantized products of attention by name, found by tracing alone; names and widths fit ``quant.bops``.
+
+        Raises:
+          ConfigError: a rule that decides about no product, or a layer that a product can't have.
+        """
+        if not self.products:
+            return {}
+        names = product_names(self.module, image)
+        name_rules.check("the network's rules for products", [rule.pattern for rule in self.products], names)
+        found = {name: layer for name in names if (layer := self.find_product(name)) is not None}
+        for name, layer in found.items():
+            check_product(name, layer)
+        return found
 
     def quantizers(self, params: Any, role: str = "kernel", bits: Any = None) -> Any:
         """The quantizer of every quantized kernel (or ``role="input"``) in a tree like ``params``, None elsewhere.
@@ -163,8 +202,9 @@ class QuantizedNetwork:
                     what = "" if role == "kernel" else "the input of "
                     raise ConfigError(f"{what}{trees.path_name(path)} can't be quantized: {error}") from error
         for name, leaf in trees.named_leaves(params).items():
-            if name.rsplit("/", 1)[-1] == "output_scale":
-                check_positive(name.removesuffix("/output_scale"), output_scale=leaf)
+            scope, _, last = name.rpartition("/")
+            if last == "output_scale" or is_size(last):
+                check_positive(scope, **{last: leaf})
 
     def layers(self, params: Any) -> tuple[str, ...]:
         """The names of the quantized kernels in a parameter tree."""
@@ -216,7 +256,7 @@ class QuantizedNetwork:
 
         def run(probes: Mapping[str, jax.Array]) -> tuple[jax.Array, Interceptor]:
             seen = Interceptor(self.find, probes=probes)
-            with nn.intercept_methods(seen):
+            with self.intercepting(seen):
                 return loss(self.module.apply(variables, *args, **kwargs)), seen
 
         shapes: dict[str, jax.ShapeDtypeStruct] = {}

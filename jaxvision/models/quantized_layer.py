@@ -20,6 +20,8 @@ INTERVAL = "interval"
 """The collection of the clipping factors: float32 [3] a layer, (gamma, 0, 0); see :func:`gradient.gradient_gate`."""
 BITS = "bits"
 """The optional collection of widths: int32 [3] a layer (weight, input, gradient), which then replace the rule's."""
+DELTA = "delta"
+"""The optional collection of EWGS's deltas: float32 [2] a layer (weight, input), which then replace the rule's."""
 PARTS = ("weight", "input", "gradient")
 
 
@@ -113,6 +115,7 @@ class Interceptor:
     Attributes:
       names: the kernels met so far.
       outputs: shape and type of the output of each quantized layer, by the kernel's name.
+      operands: those of each quantized operand, by the kernel's name and the role.
     """
 
     def __init__(
@@ -122,17 +125,25 @@ class Interceptor:
         fit: bool = False,
         checks: bool = False,
         probes: Mapping[str, jax.Array] | None = None,
+        operands: Mapping[str, jax.Array] | None = None,
     ):
-        """``fit``: find start values; ``checks``: raise on missing norms; ``probes``: added to the outputs."""
+        """``fit``: find start values; ``checks``: raise on missing norms; ``probes``: added to the outputs.
+
+        ``operands`` are added to quantized operands, by kernel's name and role (``conv1/kernel:input``).
+        """
         self._find, self._fit, self._checks, self._probes = find, fit, checks, probes or {}
+        self._operands = operands or {}
         self._pending = ""
         self.names: list[str] = []
         self.outputs: dict[str, jax.ShapeDtypeStruct] = {}
+        self.operands: dict[str, jax.ShapeDtypeStruct] = {}
 
     def __call__(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], context: Any) -> Any:
         module = context.module
         if isinstance(module, BatchNorm | LayerNorm) and context.method_name == "__call__":
             self._pending = ""
+        if isinstance(module, BatchNorm) and context.method_name == "__call__" and _is_folded(module):
+            return (args[0] + module.get_variable("params", "bias")).astype(module.dtype)
         if not isinstance(module, Conv | Dense | PatchEmbed) or context.method_name != "product":
             return call(*args, **kwargs)
         name = "/".join((*module.path, "kernel"))
@@ -143,9 +154,14 @@ class Interceptor:
             return call(*args, **kwargs)
         if layer.needs_norm and not layer.output_scale:
             self._pending = name
-        y = _product(module, layer, call, *args, fit=self._fit)
+        y = _product(module, layer, call, *args, fit=self._fit, seen=lambda *operand: self._operand(name, *operand))
         self.outputs[name] = jax.ShapeDtypeStruct(y.shape, y.dtype)
         return y + self._probes[name] if name in self._probes else y
+
+    def _operand(self, kernel: str, role: str, value: jax.Array) -> jax.Array:
+        name = f"{kernel}:{role}"
+        self.operands[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        return value + self._operands[name] if name in self._operands else value
 
     def finish(self) -> None:
         """Raises ConfigError where a quantizer without post-scale isn't followed by a normalisation."""
@@ -156,10 +172,22 @@ class Interceptor:
             )
 
 
+def _is_folded(module: BatchNorm) -> bool:
+    """Whether the layer before has taken over all but the bias (``integer_folding.py``)."""
+    left = module.has_variable("params", "bias") and not module.has_variable("params", "scale")
+    return left and not module.is_initializing()
+
+
 def _product(
-    module: nn.Module, layer: LayerQuant, product: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, fit: bool
+    module: nn.Module,
+    layer: LayerQuant,
+    product: Callable[..., jax.Array],
+    x: jax.Array,
+    kernel: jax.Array,
+    fit: bool,
+    seen: Callable[[str, jax.Array], jax.Array],
 ) -> jax.Array:
-    """The product of a quantized layer, inside its module's scope."""
+    """The product of a quantized layer, inside its module's scope; ``seen`` maps (role, quantized operand) to it."""
     widths = module.get_variable(BITS, "widths") if module.has_variable(BITS, "widths") else None
     q_input = _quantizer(module, layer, "input", x, widths, fit)
     if jnp.issubdtype(kernel.dtype, jnp.integer):
@@ -173,7 +201,8 @@ def _product(
             y = integer.quantized_product(x, kernel, q_input, q_kernel, gate, key, bits, **options)
             y = y.astype(module.dtype)
         else:
-            y = product(x if q_input is None else q_input(x), kernel if q_kernel is None else q_kernel(kernel))
+            operands = (("input", x, q_input), ("kernel", kernel, q_kernel))
+            y = product(*(value if q is None else seen(role, q(value)) for role, value, q in operands))
             y = y if bits is None else gradient.gradient_gate(y, gate, key, bits, **layer.gradient_options)
     if layer.output_scale:
         y = y * jnp.abs(_output_scale(module, product, x, kernel, y, fit)).astype(y.dtype)
@@ -202,11 +231,22 @@ def _quantizer(module: nn.Module, layer: LayerQuant, role: str, x: jax.Array, wi
     part = "weight" if role == "kernel" else role
     if (bits := width(layer, part, widths)) is None:
         return None
-    recipe, names = getattr(layer, part), [(f"{role}_{name}", name) for name in getattr(layer, part).kind.LEARNED]
+    data = x
+    if role == "input" and not fit:
+        data = jnp.broadcast_to(jnp.linspace(0, 1, 16, dtype=x.dtype)[:, None], (16, x.shape[-1]))
+    quantizer = learned_quantizer(module, getattr(layer, part), role, bits, data, fit=fit)
+    if module.has_variable(DELTA, "delta") and hasattr(quantizer, "delta"):
+        quantizer = quantizer.replace(delta=module.get_variable(DELTA, "delta")[PARTS.index(part)])
+    return quantizer
+
+
+def learned_quantizer(module: nn.Module, recipe: Recipe, role: str, bits: Any, data: jax.Array, *, fit: bool) -> Any:
+    """A quantizer whose learned fields are parameters ``{role}_{field}`` of ``module``.
+
+    They start at what fits ``data``: at initialisation, and again whenever ``fit`` is set.
+    """
+    names = [(f"{role}_{name}", name) for name in recipe.kind.LEARNED]
     if fit or module.is_initializing():
-        data = x
-        if role == "input" and not fit:
-            data = jnp.broadcast_to(jnp.linspace(0, 1, 16, dtype=x.dtype)[:, None], (16, x.shape[-1]))
         start = recipe.fit(data, bits)
         values = {full: getattr(start, name) for full, name in names}
         for full, value in values.items():

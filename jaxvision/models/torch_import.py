@@ -20,6 +20,7 @@ StateDict = dict[str, np.ndarray]
 DROPPED = ("num_batches_tracked", "relative_position_index", "attn_mask")  # recomputed or of no use here
 CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1", "head", "head.fc", "head_dist", "segmentation_head.0")
 _SHOWN = 4
+_SHIFT = re.compile(r"/move\d/bias$")
 
 
 # --- names and layouts ---------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def torch_name(name: str, family: str) -> str:
     if collection == "batch_stats":
         leaf = {"mean": "running_mean", "var": "running_var"}[leaf]
     else:
-        leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+        leaf = {"kernel": "weight", "scale": "weight", "slope": "weight"}.get(leaf, leaf)
     if modules == ["patch_embed"]:
         modules = ["patch_embed", "proj"]
     if family == "swin" and modules == ["head"]:
@@ -41,15 +42,16 @@ def torch_name(name: str, family: str) -> str:
 
 
 def _to_flax(name: str, array: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO for convolutions, (out, in) -> (in, out) for matrices; everything else as it is."""
+    """OIHW -> HWIO for convolutions, (out, in) -> (in, out) for matrices; everything else as it is, but for ReActNet's
+    shifts, which are (1, C, 1, 1) there."""
     if not name.endswith("/kernel"):
-        return array
+        return array.reshape(-1) if _SHIFT.search(name) else array
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
 def _to_torch(name: str, array: np.ndarray) -> np.ndarray:
     if not name.endswith("/kernel"):
-        return array
+        return array.reshape(1, -1, 1, 1) if _SHIFT.search(name) else array
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 

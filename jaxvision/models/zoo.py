@@ -21,6 +21,7 @@ from jaxvision.models import (
     mobilenet_v2,
     nas_bench_201,
     plain_cnn,
+    reactnet,
     resnet,
     swin,
     vit,
@@ -34,6 +35,7 @@ from jaxvision.models.mbv2_searched import MBV2Searched
 from jaxvision.models.mobilenet_v2 import MobileNetV2
 from jaxvision.models.nas_bench_201 import NasBench201
 from jaxvision.models.plain_cnn import PlainCNN
+from jaxvision.models.reactnet import ReActNet
 from jaxvision.models.resnet import ResNet
 from jaxvision.models.swin import Swin
 from jaxvision.models.vit import ViT
@@ -51,7 +53,7 @@ class Spec:
       family: a key of ``CLASSES``.
       naming: whose state-dict names its weights have: "akamaster", "torchvision", "timm", "flsd"
         (torrvision/focal_calibration, and MbLS, CALS and RankMixup after it), "nats_bench" (D-X-Y/NATS-Bench) or "smp"
-        (segmentation_models.pytorch).
+        (segmentation_models.pytorch), "reactnet" (liuzechun/ReActNet).
       input_size: (height, width) in pixels.
       mean, std: of the normalisation ``(pixel / 255 - mean) / std``, a channel each.
       crop_fraction: evaluation resizes the shorter side to ``floor(size / crop_fraction)`` and takes the centre.
@@ -80,6 +82,7 @@ CLASSES: dict[str, type[nn.Module]] = {
     "mbv2_searched": MBV2Searched,
     "autoformer": AutoFormer,
     "plain_cnn": PlainCNN,
+    "reactnet": ReActNet,
     "vit": ViT,
     "swin": Swin,
 }
@@ -102,6 +105,10 @@ def _entries() -> dict[str, tuple[dict[str, Any], Spec]]:
         entries[name] = kw, Spec("deeplab", "smp", (512, 512), dense=True)
     for name, kw in mobilenet_v2.PRESETS.items():
         entries[name] = kw, Spec("mobilenet_v2", "torchvision", (224, 224), crop_fraction=0.875)
+    for name, kw in reactnet.PRESETS.items():
+        entries[name] = kw, Spec("reactnet", "reactnet", (224, 224), crop_fraction=0.875)
+        size, mean, std = small["cifar"]
+        entries[f"{name}_cifar"] = {**kw, "stem": "cifar"}, Spec("reactnet", "reactnet", size, mean, std)
     for name, kw in nas_bench_201.PRESETS.items():
         entries[name] = kw, Spec("nas_bench_201", "nats_bench", (32, 32), CIFAR10_MEAN, CIFAR10_STD)
     for name, kw in plain_cnn.PRESETS.items():

@@ -34,21 +34,29 @@ class BinaryWeight(Trainable):
     """``w_hat = mean|w| sign(w)``, the mean over each output channel (last axis) and a constant for the gradient.
 
     ``dw = g mean|w| [|w| <= 1]``. The step follows the weights: call ``step(w)``. Source: XNOR-Net, equation 6.
+    ReActNet's official code leaves the mean out of the gradient: ``dw = g [|w| <= 1]``.
 
     Attributes:
       bits: 1.
+      scaled_gradient: whether the mean is a factor of the gradient.
     """
 
     bits: ArrayLike = 1
+    scaled_gradient: bool = struct.field(default=True, pytree_node=False)
 
     LEARNED: ClassVar[tuple[str, ...]] = ()
     MAX_BITS: ClassVar[int] = 1
 
     @classmethod
-    def fit(cls, x: jax.Array, bits: ArrayLike = 1) -> "BinaryWeight":
+    def fit(cls, x: jax.Array, bits: ArrayLike = 1, *, scaled_gradient: bool = True) -> "BinaryWeight":
         """The quantizer; nothing depends on ``x``."""
         del x
-        return cls(bits).check_width()
+        return cls(bits, scaled_gradient).check_width()
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        """See :class:`Trainable`."""
+        value = super().forward(x)
+        return value if self.scaled_gradient else straight_through(value, clip(x, -1, 1))
 
     def float_codes(self, x: jax.Array) -> jax.Array:
         """-1 and +1."""

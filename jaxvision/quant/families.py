@@ -50,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         Affine, Affine, any_sign=True, weight_settings={"symmetric": True}, activation_settings={"symmetric": False}
     ),
     "binary": Family(BinaryWeight, BinaryActivation),
+    "reactnet": Family(BinaryWeight, BinaryActivation, weight_settings={"scaled_gradient": False}),
 }
 
 

@@ -323,6 +323,9 @@ TRAINED = {
         Affine, _symmetric, _affine_passes, {"symmetric": True, "per_channel": True}, widths=(2, 16)
     ),
     "binary_weight": Trained(BinaryWeight, _odd, lambda q, x: np.abs(x) <= 1, widths=(1, 1)),
+    "binary_weight_reactnet": Trained(
+        BinaryWeight, _odd, lambda q, x: np.abs(x) <= 1, {"scaled_gradient": False}, widths=(1, 1)
+    ),
     "binary_activation": Trained(BinaryActivation, _odd, lambda q, x: np.abs(x) < 1, widths=(1, 1)),
     "rsign": Trained(RSign, _odd, lambda q, x: np.abs(x) < 1, widths=(1, 1)),
 }

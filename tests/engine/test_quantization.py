@@ -58,6 +58,50 @@ def test_what_belongs_to_the_family_comes_with_it(family, scaled, needed):
     assert layer.input.settings == FAMILIES[family].activation_settings
 
 
+VIT = {"patch_size": 4, "width": 8, "depth": 2, "num_heads": 2}
+
+
+def transformer(family, products):
+    module = zoo.build("vit_tiny_patch16_224", num_classes=5, **VIT)
+    network = build(module, family=family, float_layers=("patch_embed",), output_scale=True, products=products)
+    return network.check_products(IMAGE)
+
+
+def test_products_of_attention_are_quantized_where_rules_find_them():
+    rules = (("blocks_0/attn/softmax_v", (8, 32)), ("blocks_0/attn/q_k", (3, 4)), ("q_k", (2, 5)))
+    found = transformer("trs", rules)
+    assert {name: layer.bits for name, layer in found.items()} == {
+        "blocks_0/attn/q_k": Bits(4, 3), "blocks_0/attn/softmax_v": Bits(None, 8), "blocks_1/attn/q_k": Bits(5, 2)
+    }  # fmt: skip
+    # q, k and v have signs, probabilities haven't. TRS drops the scale, which must then be learned; LSQ doesn't.
+    signs = [(layer.input.settings.get("signed"), layer.weight.settings["signed"]) for layer in found.values()]
+    assert signs == [(True, True), (None, True), (True, True)]
+    assert all(layer.output_scale for layer in found.values())
+    assert not any(layer.output_scale for layer in transformer("lsq", rules).values())
+    assert transformer("trs", ()) == {}
+
+
+@pytest.mark.parametrize(
+    ("products", "message"),
+    [
+        (("q_k", (4, 4)), r"config.quantization.products has 'q_k', which must be a regular expression and the widths"),
+        ((("q_k", 4),), r"config.quantization.products has \('q_k', 4\), which must be"),
+        ((("q_v", (4, 4)),), "config.quantization.products has 'q_v', which matches no layer"),
+        ((("q_k", (4, 9)),), "weight_bits=9 must be a whole number from 1 to 8"),
+    ],
+)
+def test_mistakes_in_products(products, message):
+    with pytest.raises(ConfigError, match=message):
+        transformer("trs", products)
+
+
+def test_products_need_attention_and_signs():
+    with pytest.raises(ConfigError, match="the network has no attention with such products"):
+        build(products=(("q_k", (4, 4)),))
+    with pytest.raises(ConfigError, match="inputs of family 'pact' are unsigned only, and q, k and v have both signs"):
+        transformer("pact", (("q_k", (4, 4)),))
+
+
 def test_an_output_scale_can_be_added_and_left_out():
     assert all(layer.output_scale for layer in build(family="trs", output_scale=True).check(IMAGE).values())
     assert not any(layer.output_scale for layer in build(family="ewgs", output_scale=False).check(IMAGE).values())

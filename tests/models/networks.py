@@ -25,6 +25,7 @@ SMALL = {
     "densenet": ("densenet121_cifar", {"stage_sizes": (1, 2, 1, 1), "growth_rate": 3}, 8),
     "deeplab": ("deeplabv3_resnet50", {"stage_sizes": (1, 2, 1, 1), "width": 2, "channels": 3, "rates": (1, 2, 3)}, 32),
     "mobilenet": ("mobilenet_v2", {"width_multiplier": 0.1, "stages": ((1, 16, 1, 1), (6, 24, 2, 2))}, 32),
+    "reactnet": ("reactnet18", {"stage_sizes": (1, 2, 1, 1), "width": 2}, 32),
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "width": 8, "depth": 2, "num_heads": 2}, 32),
     "deit": ("deit_tiny_distilled_patch16_224", {"patch_size": 8, "width": 8, "depth": 1, "num_heads": 2}, 32),
     "autoformer": ("autoformer", {"architecture": "E8-H1R2-H2R3", "patch_size": 8}, 32),

@@ -62,7 +62,7 @@ def both(network, variables, integers, images):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_same_outputs_from_integers(family, images):
     """Net's first input has both signs: Affine's zero point is not 0, unsigned families clip."""
-    bits = Bits(1, 1) if family == "binary" else Bits(4, 8 if family == "affine" else 4)
+    bits = Bits(1, 1) if family in ("binary", "reactnet") else Bits(4, 8 if family == "affine" else 4)
     network = QuantizedNetwork(Net(), (Rule("kernel$", layer(family, bits)),))
     variables = trained(network, images)
     integers = integer_network.convert(network, variables)
@@ -166,8 +166,8 @@ def test_conversion_is_done_once(images):
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 TABLED = {
-    **{name: lambda x, f=f, n=name: f.activation.fit(x, 1 if n == "binary" else 3, **f.activation_settings)
-       for name, f in FAMILIES.items()},
+    **{name: lambda x, f=f, b=b: f.activation.fit(x, b, **f.activation_settings)
+       for name, f in FAMILIES.items() for b in [1 if name in ("binary", "reactnet") else 3]},
     "one_bit": lambda x: FAMILIES["trs"].activation.fit(x, 1),
     "signed": lambda x: FAMILIES["lbt"].activation.fit(x, 8, signed=True),
     "per_channel": lambda x: LSQ.fit(x, 4, per_channel=True),
@@ -297,8 +297,8 @@ def test_files_that_are_not_ours(images, tmp_path):
     described.write_text(text[:-9])
     with pytest.raises(DataError, match="is not valid JSON"):
         integer_file.load(path)
-    described.write_text(text.replace('"version": 1', '"version": 2'))
-    with pytest.raises(DataError, match=r"no integer network of format .* version 1, but 'jaxvision"):
+    described.write_text(text.replace('"version": 2', '"version": 3'))
+    with pytest.raises(DataError, match=r"no integer network of format .* version 2, but 'jaxvision"):
         integer_file.load(path)
 
     arrays, metadata = safetensors.numpy.load(data), json.loads(text)

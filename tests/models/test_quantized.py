@@ -120,7 +120,7 @@ def test_without_widths_the_network_is_the_float_one(images):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_initializes_calibrates_and_runs(family, images):
-    network = mixed(family, Bits(1, 1) if family == "binary" else Bits(3, 3))
+    network = mixed(family, Bits(1, 1) if family in ("binary", "reactnet") else Bits(3, 3))
     network.check(images)
 
     def run(images):

@@ -46,7 +46,7 @@ def test_every_entry_is_complete_and_builds():
         assert len(info.mean) == len(info.std) == 3 and len(info.input_size) == 2
         assert 0.8 < info.crop_fraction <= 1
         assert info.interpolation in ("bilinear", "bicubic")
-        assert info.naming in ("akamaster", "torchvision", "timm", "flsd", "nats_bench", "smp")
+        assert info.naming in ("akamaster", "torchvision", "timm", "flsd", "nats_bench", "smp", "reactnet")
         assert info.dense == (info.family == "deeplab" or name == "plain_cnn_dense")
 
 

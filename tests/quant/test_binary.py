@@ -38,6 +38,15 @@ def test_oracle(path):
     np.testing.assert_allclose(dx, o["dx"], rtol=1e-10)
 
 
+def test_reactnets_weights_have_the_same_values_and_a_gradient_without_the_mean():
+    """Official ``HardBinaryConv``: the mean is detached, and so is everything but the clipped weights."""
+    w, upstream = jnp.asarray([[0.5, -0.25], [-1.0, 1.5]]), jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+    value, dw = run(BinaryWeight(scaled_gradient=False), w, upstream)
+    np.testing.assert_array_equal(value, [[0.75, -0.875], [-0.75, 0.875]])
+    np.testing.assert_array_equal(value, BinaryWeight()(w))
+    np.testing.assert_array_equal(dw, [[1, 2], [3, 0]])
+
+
 def test_sign_of_zero_is_one_and_the_edges_are_declared():
     x = jnp.asarray([-2.0, -1.0, -0.0, 0.0, 1.0, 1.5])
     np.testing.assert_array_equal(BinaryActivation().codes(x), [-1, -1, 1, 1, 1, 1])

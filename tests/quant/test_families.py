@@ -18,7 +18,7 @@ def test_learned_fields_and_settings_make_the_quantizer(name, role):
     """As ``models/quantized_layer.py`` does it: fit, keep the learned arrays as parameters, build again from them."""
     kind, settings = getattr(FAMILIES[name], role), getattr(FAMILIES[name], f"{role}_settings")
     x = np.abs(np.random.default_rng(0).normal(size=(3, 3, 2, 4)).astype(np.float32))
-    bits = 1 if name == "binary" else 3
+    bits = 1 if name in ("binary", "reactnet") else 3
     fitted = kind.fit(x, bits, **settings)
     learned = {field: getattr(fitted, field) for field in kind.LEARNED}
     assert all(value.dtype == jnp.float32 for value in learned.values())

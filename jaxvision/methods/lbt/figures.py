@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from jaxvision.methods.lbt.report import Cell
+    from jaxvision.methods.lbt.outcome import Cell
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:

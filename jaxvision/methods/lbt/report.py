@@ -1,94 +1,17 @@
 """What a comparison ends in: accuracy and loss of each arm and width, what happened to the gradients, figures."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxvision.engine import arms, quantized_files
-from jaxvision.engine.recipes import Model
+from jaxvision.engine import arms, quantized_files, reestimation
 from jaxvision.engine.report import Figure, Report, Results, Table
 from jaxvision.engine.seeds import member
 from jaxvision.methods.lbt import figures
+from jaxvision.methods.lbt.outcome import PROBE, Cell, Comparison, collect
 from jaxvision.quant import interval
-
-PROBE = "probe"
-"""The evaluation that measures gradients on one training batch at the end of an arm."""
-NAMES = {
-    "float": "float",
-    "wa": "W, A only",
-    "fixed": "gamma",
-    "dsgc": "DSGC",
-    "whole_error": "whole error",
-    "piecewise": "piecewise",
-    "lbt": "LBT",
-}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What the report knows of the run besides its rows.
-
-    Attributes:
-      title: network and data.
-      arms: in the order of their stages.
-      seeds: of the run.
-      bits: widths of gradients.
-      alpha: the fraction of gradients whose error is E(G_L).
-      steps: of each arm.
-      choose: the evaluation on which a learning rate is chosen; "test" is the one that is reported.
-      images: images of each evaluation.
-      warning: of too few elements, or "".
-      export: the arm whose network is written, "": none.
-      model, family: of the run.
-      network: of the arm that is written.
-    """
-
-    title: str
-    arms: tuple[arms.Arm, ...]
-    seeds: tuple[int, ...]
-    bits: tuple[int, ...]
-    alpha: float
-    steps: int
-    choose: str
-    images: Mapping[str, int]
-    warning: str
-    export: str = ""
-    model: Model | None = None
-    family: str = ""
-    network: Any = None
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One way to train at one width, with its chosen learning rate.
-
-    Attributes:
-      arm, label: name of the stage; the row of the table.
-      bits: of the gradients; None: float.
-      rate: learning rate.
-      alpha: of the target clip ratio.
-      members: positions in the arm, one a seed.
-      accuracy, loss: float64 [S]: test accuracy; training loss, mean over the last tenth of the steps.
-      layers: diagnostic -> layer -> float64 [S]; empty where gradients are float.
-    """
-
-    arm: str
-    label: str
-    bits: int | None
-    rate: float
-    alpha: float
-    members: tuple[int, ...]
-    accuracy: np.ndarray
-    loss: np.ndarray
-    layers: Mapping[str, Mapping[str, np.ndarray]]
-
-    def mean(self, diagnostic: str) -> float:
-        """Over layers and seeds."""
-        return float(np.mean(list(self.layers[diagnostic].values())))
 
 
 def make(comparison: Comparison, results: Results) -> Report:
@@ -106,7 +29,7 @@ def make(comparison: Comparison, results: Results) -> Report:
         tuple(tables),
         _figures(comparison, results, cells),
         summary,
-        _notes(comparison),
+        _notes(comparison, results, cells),
         _files(comparison, results, cells),
     )
 
@@ -122,63 +45,6 @@ def _files(comparison: Comparison, results: Results, cells: Sequence[Cell]) -> d
         quantized_files.WEIGHTS: functools.partial(quantized_files.save_quantized, *kept),
         quantized_files.INTEGERS: functools.partial(quantized_files.save_integers, *kept),
     }
-
-
-def collect(comparison: Comparison, results: Results) -> list[Cell]:
-    """One cell for each arm, setting and width, at the learning rate of the best mean accuracy for choosing."""
-    cells = []
-    for arm in comparison.arms:
-        groups: dict[tuple, dict[float, list[int]]] = {}
-        for index, one in enumerate(arm.members(comparison.seeds)):
-            setting = dict(one.setting)
-            rate = setting.pop("lr")
-            groups.setdefault(tuple(setting.items()), {}).setdefault(rate, []).append(index)
-        for setting, rates in groups.items():
-            means = {rate: _last(results, arm.name, comparison.choose, m).mean() for rate, m in rates.items()}
-            cells.append(_cell(comparison, results, arm.name, dict(setting), rates, max(means, key=means.get)))
-    return cells
-
-
-def _cell(
-    comparison: Comparison,
-    results: Results,
-    arm: str,
-    setting: dict[str, float],
-    rates: Mapping[float, list[int]],
-    rate: float,
-) -> Cell:
-    members = rates[rate]
-    curves = [results.curve(arm, f"loss_{index}")[1] for index in members]
-    layers: dict[str, dict[str, np.ndarray]] = {}
-    row = next((row for row in reversed(results.rows) if (row["stage"], row.get("eval")) == (arm, PROBE)), {})
-    for name in row:
-        diagnostic, _, rest = name.partition("/")
-        if rest and rest.endswith(f"_{members[0]}"):
-            layer = rest.removesuffix(f"_{members[0]}")
-            layers.setdefault(diagnostic, {})[layer] = np.asarray([row[f"{diagnostic}/{layer}_{i}"] for i in members])
-    bits = setting.get("gradient_bits")
-    return Cell(
-        arm,
-        _label(arm, setting),
-        None if bits is None else int(bits),
-        rate,
-        setting.get("alpha", comparison.alpha),
-        tuple(members),
-        _last(results, arm, "test", members),
-        np.asarray([np.mean(curve[-max(1, len(curve) // 10) :]) for curve in curves]),
-        layers,
-    )
-
-
-def _label(arm: str, setting: Mapping[str, float]) -> str:
-    extra = [f"{value:g}" if name == "gamma" else f"{name} {value:g}"
-             for name, value in setting.items() if name in ("gamma", "alpha")]  # fmt: skip
-    extra += ["with rate factor"] if setting.get("rate_factor") else []
-    return " ".join([NAMES[arm], *extra])
-
-
-def _last(results: Results, arm: str, evaluation: str, members: Sequence[int]) -> np.ndarray:
-    return np.asarray([results.last(arm, evaluation, f"accuracy_{index}") for index in members])
 
 
 def _outcome(comparison: Comparison, cells: Sequence[Cell]) -> Table:
@@ -238,8 +104,12 @@ def _gradients(comparison: Comparison, cells: Sequence[Cell]) -> Table:
     return Table("Gradients", columns, rows, caption)
 
 
-def _notes(comparison: Comparison) -> tuple[str, ...]:
+def _notes(comparison: Comparison, results: Results, cells: Sequence[Cell]) -> tuple[str, ...]:
     notes = ["An arm's first batch only starts its intervals and gamma; no optimizer step is taken on that pass."]
+    if comparison.reestimated:
+        bits = {cell: "" if cell.bits is None else f" at {cell.bits} bits" for cell in cells}
+        rows = {f"{cell.label}{bits[cell]}": (cell.arm, cell.members) for cell in cells}
+        notes.append(reestimation.note(results, rows, "accuracy", "test", comparison.reestimated))
     return (*notes, f"Too few elements: {comparison.warning}.") if comparison.warning else tuple(notes)
 
 
@@ -287,7 +157,7 @@ def _figures(comparison: Comparison, results: Results, cells: Sequence[Cell]) ->
             for cell in shown
         }
         where = np.asarray(results.curve(shown[0].arm, _gamma(shown[0], 0))[0])
-        offset = [a.name for a in comparison.arms].index(shown[0].arm) * comparison.steps
+        offset = [a.name for a in comparison.arms].index(shown[0].arm) * (comparison.steps + comparison.reestimated)
         caption = f"gamma of each layer, {arm}, mean over seeds."
         made.append(Figure("gamma", functools.partial(figures.gammas, where - offset, lines), caption))
     return tuple(made)

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.engine import arms, recipes
+from jaxvision.engine import arms, recipes, reestimation
 from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import Batch, EvalData, Stage, State, Task
 from jaxvision.methods.lbt import control, networks, report
@@ -84,8 +84,9 @@ def make(config: Config) -> Task:
     data_shape = (data.train.batch_size // optimizers.accumulate, *data.image_shape)
     trained = [data.train.with_seed(seed) for seed in choices.seeds]
     first = functools.cache(functools.partial(_first_batch, trained, choices.start_images))
+    batches = reestimation.count(config, jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
     pairs = [
-        _arm(name, built[name], choices, model, optimizers, first, steps, index * steps)
+        _arm(name, built[name], choices, model, optimizers, first, steps, index * (steps + batches))
         for index, name in enumerate(choices.names)
     ]
     warning = networks.too_few(built["lbt"], choices.alphas, choices.bits, data_shape) if "lbt" in built else ""
@@ -97,10 +98,19 @@ def make(config: Config) -> Task:
         evals["validation"] = data.validation
     probe = data.train_examples.subset(np.arange(data.train.batch_size), data.train.batch_size)
     every = round(every * per_epoch)
-    stages = [
-        _stage(arm, trainer, choices, trained, evals, every, probe, before)
-        for (arm, trainer), before in zip(pairs, [None, *(arm for arm, _ in pairs)])
-    ]
+    stages: list[Stage] = []
+    for (arm, trainer), before in zip(pairs, [None, *(arm for arm, _ in pairs)]):
+        stages += reestimation.stages(
+            _stage(arm, trainer, choices, trained, evals, every, probe, before),
+            arm,
+            trainer.network,
+            choices.seeds,
+            trained,
+            evals,
+            batches=batches,
+            first=trainer.offset + steps,
+            how=choices.how,
+        )
 
     def init(key: jax.Array) -> State:
         state = arms.start_state(model.init, choices.seeds, key)
@@ -123,6 +133,7 @@ def make(config: Config) -> Task:
             bits=choices.bits,
             alpha=choices.alphas[0],
             steps=steps,
+            reestimated=batches,
             choose="validation" if data.validation is not None else "test",
             images={name: each.num_examples for name, each in {**evals, report.PROBE: probe}.items()},
             warning=warning,

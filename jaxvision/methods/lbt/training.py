@@ -18,6 +18,7 @@ from jaxvision.methods.lbt import control as control_lib
 from jaxvision.methods.lbt.control import Control
 from jaxvision.metrics import Mean
 from jaxvision.models.quantized import BITS, GRADIENT_STREAM, INTERVAL, QuantizedNetwork
+from jaxvision.models.quantized_attention import parameter_names
 from jaxvision.optim import optimizers
 from jaxvision.quant import interval
 
@@ -168,6 +169,7 @@ class Trainer:
             for role, recipe in (("kernel", layer.weight), ("input", layer.input))
             for field in (recipe.kind.LEARNED if recipe is not None else ())
         }
+        fields |= parameter_names(rule.layer for rule in self.network.products)
         return frozenset(fields | {"output_scale" for layer in layers if layer.output_scale})
 
     def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:

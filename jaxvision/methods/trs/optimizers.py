@@ -2,7 +2,7 @@
 
     latent   the kernels that are quantized    base rate, or a step size that follows the transition rate
     float    other kernels, biases, embeddings base rate, momentum, weight decay
-    norm     gains and biases of normalisation base rate, no decay, no momentum
+    norm     gains and biases of normalisation base rate, no decay, no momentum; ReActNet's shifts and slopes too
     scale    what quantizers learn             a rate of their own, no decay, no momentum
     clip     PACT's bound                      as scale, with weight decay (the paper regularises it)
     frozen   the kernel's scales, under TRS    nothing: otherwise levels would move without the weights
@@ -22,6 +22,7 @@ import optax
 from jaxvision.core import trees
 from jaxvision.methods.trs.diagnostics import scale_of_output
 from jaxvision.methods.trs.variants import Variant
+from jaxvision.models.quantized_attention import PREFIX
 from jaxvision.optim import adamt, adamwt, freeze_oscillating, optimizers, schedules, sgdt
 
 GROUPS = ("latent", "float", "norm", "scale", "clip", "frozen")
@@ -46,7 +47,9 @@ def label(name: str, latent: Collection[str], siblings: Collection[str], *, free
         return "clip"
     if kernel in latent and leaf.startswith(("input_", "output_")):
         return "scale"
-    if leaf in ("scale", "bias") and kernel not in siblings:
+    if leaf.startswith(PREFIX):  # of the products of attention
+        return "clip" if leaf.endswith("_alpha") else "scale"
+    if leaf in ("scale", "bias", "slope") and kernel not in siblings:
         return "norm"
     return "float"
 

@@ -1,8 +1,9 @@
 """What became of the arms: their settings' accuracies, and the setting that validation chose for each."""
 
+import dataclasses
 from dataclasses import dataclass
 
-from jaxvision.engine import arms, recipes
+from jaxvision.engine import arms, recipes, reestimation
 from jaxvision.engine.arms import Outcome
 from jaxvision.engine.report import Results
 from jaxvision.methods.trs import diagnostics
@@ -22,6 +23,7 @@ class Run:
       pretrained_here: whether there was a stage "float".
       export: the arm whose network is written, "": none.
       model, data: of the run.
+      reestimated: batches that the statistics are averaged over before an arm is judged; 0: the running ones are kept.
     """
 
     title: str
@@ -32,6 +34,7 @@ class Run:
     export: str
     model: recipes.Model
     data: recipes.Data
+    reestimated: int = 0
 
     @property
     def choosing(self) -> str:
@@ -62,12 +65,17 @@ class Chosen:
     index: int
     member: int
 
+    def members(self, run: Run) -> range:
+        """The places of all its seeds."""
+        return range(self.member, self.member + len(run.seeds))
+
 
 def choose(run: Run, results: Results) -> list[Chosen]:
     """For each arm the rate that is best on validation, judged on the test images."""
     found = []
     for way in run.ways:
-        settings = arms.outcomes(results, way, run.seeds, METRIC, choose=run.choosing, judge=JUDGED)
+        judged = dataclasses.replace(way, name=reestimation.judged(way.name, run.reestimated))
+        settings = arms.outcomes(results, judged, run.seeds, METRIC, choose=run.choosing, judge=JUDGED)
         best = arms.best(settings)
         index = settings.index(best)
         found.append(Chosen(settings, best, index, index * len(run.seeds)))

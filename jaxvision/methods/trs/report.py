@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxvision.engine import arms, quantized_files
+from jaxvision.engine import arms, quantized_files, reestimation
 from jaxvision.engine.arms import spread
 from jaxvision.engine.report import Figure, Report, Results, Table
 from jaxvision.engine.seeds import member
@@ -132,6 +132,9 @@ def _notes(run: Run, results: Results, chosen: Sequence[Chosen]) -> tuple[str, .
         for index in members:
             if plain is not None and run.trainers[index].variant.scheduled:
                 notes.append(_against(run, chosen, plain, index))
+    if run.reestimated:
+        rows = {way.name: (way.name, each.members(run)) for way, each in zip(run.ways, chosen)}
+        notes.append(reestimation.note(results, rows, METRIC, JUDGED, run.reestimated))
     families = {trainer.variant.family for trainer in run.trainers}
     if "W1" in _bits(run) and "lsq" in families:
         notes.append("LSQ has no two codes at one bit; its weights are mean|w| sign(w) of each channel there.")

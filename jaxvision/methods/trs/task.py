@@ -1,7 +1,7 @@
 """The task ``trs``: [train float networks] -> each arm: quantize them and train on -> tables and figures.
 
-The only place where the configuration is read (its fields are explained in ``configs/trs.py``). Every arm is one stage
-whose members are all seeds and learning rates (``engine/arms.py``).
+The only place where the configuration is read, with ``settings.py`` (its fields are explained in ``configs/trs.py``).
+Every arm is one stage whose members are all seeds and learning rates (``engine/arms.py``).
 """
 
 import dataclasses
@@ -12,25 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxvision.core import name_rules, trees
 from jaxvision.core.config import Config
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.engine import arms, recipes, supervised
-from jaxvision.engine.quantization import build_network
+from jaxvision.engine import arms, recipes, reestimation, supervised
+from jaxvision.engine.quantization import FLOAT_BITS, bit_rules, build_network
 from jaxvision.engine.seeds import HOW
 from jaxvision.engine.task import State, Task
-from jaxvision.methods.trs import optimizers, report, training, variants, weights
+from jaxvision.methods.trs import report, settings, training, variants, weights
 from jaxvision.methods.trs.outcome import Run
 from jaxvision.methods.trs.training import Trainer
 from jaxvision.methods.trs.variants import Variant
 from jaxvision.models import zoo
 from jaxvision.models.quantized import QuantizedNetwork
 from jaxvision.optim import schedules, transition_rules
-from jaxvision.optim.transition_rate import GRANULARITIES
 from jaxvision.optim.transition_target import initial_target
 
 FLOAT = "float"
-LIMITS = ("min_step_size", "max_step_size")
 
 
 def make(config: Config) -> Task:
@@ -46,30 +43,36 @@ def make(config: Config) -> Task:
     steps = schedules.epochs_to_steps(config.positive("epochs", zero=True), per_epoch)
     every = round(config.positive("eval_every_epochs", zero=True) * per_epoch)
     loaded = quantized is not None or model.pretrained is not None
-    pretraining = _float_arm(config, model, per_epoch, loaded=loaded)
+    images = _calibration(config, data)
+    pretraining = _float_arm(config, model, per_epoch, images, loaded=loaded)
     offset = pretraining[0].steps if pretraining else 0
-    trainers = _trainers(config, data, model, steps, per_epoch, offset, fitted=quantized is not None)
+    batches = reestimation.count(config, jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0))))
+    trainers = _trainers(
+        config, data, model, steps, per_epoch, offset, batches, images=None if quantized is not None else images
+    )
     start = weights.Start.of(config.model.init_from, model, quantized, trainers, seeds)
     rates = _grid(config, trainers, data)
     ways = tuple(trainer.arm(steps, rates[trainer.variant.optimizer]) for trainer in trainers)
     validation = {} if data.validation is None else {"validation": data.validation}
-    stages = arms.stages(
-        (*pretraining, *ways),
-        seeds,
-        [data.train.with_seed(seed) for seed in seeds],
-        {**validation, "test": data.eval},
-        every=every,
-        how=config.one_of("how", HOW),
-    )
+    common = (seeds, [data.train.with_seed(seed) for seed in seeds], {**validation, "test": data.eval})
+    how = config.one_of("how", HOW)
+    made = arms.stages((*pretraining, *ways), *common, every=every, how=how)
+    stages = made[: len(pretraining)]
+    for stage, way, trainer in zip(made[len(pretraining) :], ways, trainers, strict=True):
+        first = trainer.offset + steps
+        stages += reestimation.stages(stage, way, trainer.network, *common, batches=batches, first=first, how=how)
     title = f"{model.name} on {config.data.source}"
-    run = Run(title, seeds, trainers, ways, bool(pretraining), config.export, model, data)
+    run = Run(title, seeds, trainers, ways, bool(pretraining), config.export, model, data, batches)
     # Shaping the state finds what the parameters' names and shapes can tell.
     jax.eval_shape(start.init, jax.eval_shape(lambda: jax.random.key(0)))
     return Task("trs", start.init, stages, functools.partial(report.make, run), load=start.load if loaded else None)
 
 
-def _float_arm(config: Config, model: recipes.Model, per_epoch: int, *, loaded: bool) -> tuple[arms.Arm, ...]:
+def _float_arm(
+    config: Config, model: recipes.Model, per_epoch: int, images: Callable[[], np.ndarray], *, loaded: bool
+) -> tuple[arms.Arm, ...]:
     """The stage that trains the float network of each seed, unless weights are given."""
+    binary = config.float.one_of("quantized_inputs", (True, False))
     epochs = config.float.positive("epochs", zero=True)
     steps = max(schedules.epochs_to_steps(epochs, per_epoch), 1)
     optimizer = recipes.build_optimizer(config.float.optimizer, steps, per_epoch)
@@ -82,16 +85,25 @@ def _float_arm(config: Config, model: recipes.Model, per_epoch: int, *, loaded: 
             "trained float network; give a weights file, or epochs to train one"
         )
 
+    network = build_network(_float_weights(config.quantization), model.module, model.image) if binary else model.module
+
     def begin(variables: Any, setting: Any, key: jax.Array) -> State:
-        del setting, key
+        del setting
+        if binary:
+            variables = network.calibrate(training.merge(network.init(key, model.image), variables), images())
         return supervised.new_state(variables, optimizer.transform, average=False)
 
-    step = supervised.train_step(
-        model.module, optimizer.transform, training.loss_fn(0.0), accumulate=optimizer.accumulate
-    )
-    evaluate = training.evaluation(model.module)
+    step = supervised.train_step(network, optimizer.transform, training.loss_fn(0.0), accumulate=optimizer.accumulate)
+    evaluate = training.evaluation(network)
     schedule = {"lr": optimizer.schedule}
     return (arms.Arm(FLOAT, begin, step, steps, evaluate, schedules=schedule, pretrains=True),)
+
+
+def _float_weights(block: Config) -> Config:
+    """The block ``quantization`` with float weights and gradients."""
+    rules = tuple((pattern, (FLOAT_BITS, width, FLOAT_BITS)) for pattern, (_, width, _) in bit_rules(block))
+    changes = {"weight_bits": FLOAT_BITS, "gradient_bits": FLOAT_BITS, "bit_rules": rules, "execution": "fake"}
+    return Config({**block.to_dict(), **changes}, "config.quantization")
 
 
 def _trainers(
@@ -101,27 +113,30 @@ def _trainers(
     steps: int,
     per_epoch: int,
     offset: int,
+    batches: int,
     *,
-    fitted: bool,
+    images: Callable[[], np.ndarray] | None,
 ) -> tuple[Trainer, ...]:
-    """The arms; the first starts after ``offset`` steps of the run."""
-    chosen, recipe = _variants(config), _recipe(config, steps, per_epoch)
+    """The arms; the first starts after ``offset`` steps of the run, ``batches`` re-estimate statistics after each.
+
+    ``images`` are what scales are fitted to; None: they are fitted already.
+    """
+    chosen, recipe = _variants(config), settings.recipe(config, steps, per_epoch)
     common: dict[str, Any] = {
         "family_of_run": config.quantization.family,
         "image": model.image,
-        "images": _calibration(config, data),
+        "images": images,
         "smoothing": config.optimizer.positive("label_smoothing", zero=True),
         "accumulate": recipes.check_accumulation(config.optimizer, config.data.batch_size),
-        "dampening": _rising(config.dampening.positive("weight", zero=True), steps),
+        "dampening": settings.rising(config.dampening.positive("weight", zero=True), steps),
     }
-    if fitted:
-        common["images"] = None
     networks = {
         name: build_network(_with_family(config, name), model.module, model.image)
         for name in dict.fromkeys(variant.family for variant in chosen)
     }
     scaled, made = config.transition.one_of("scale_with_bits", (True, False)), []
-    control, labels = recipe.control, _labels(config.transition, model)
+    control, labels = recipe.control, settings.labels(config.transition, model)
+    curvature = settings.curvature(config.ewgs, per_epoch)
     for index, variant in enumerate(chosen):
         network = networks[variant.family]
         training.check_remedy(variant, network, model.image)
@@ -131,8 +146,9 @@ def _trainers(
                 variant,
                 network,
                 recipe=dataclasses.replace(recipe, target_factors=factors, control=control | labels(network)),
-                offset=offset + index * steps,
+                offset=offset + index * (steps + batches),
                 keep_variables=variant.name == config.export,
+                curvature=curvature if variant.family == "ewgs" else None,
                 **common,
             )
         )
@@ -175,12 +191,6 @@ def _calibration(config: Config, data: recipes.Data) -> Callable[[], np.ndarray]
     return functools.cache(lambda: chosen.batch_at(0)["image"])
 
 
-def _rising(weight: float, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """0 at first, ``weight`` at the end, along a cosine."""
-    falling = schedules.cosine(weight, max(steps, 1))
-    return lambda count: weight - falling(count)
-
-
 def _variants(config: Config) -> tuple[Variant, ...]:
     names, baseline = tuple(config.arms), config.one_of("baseline", variants.OPTIMIZERS)
     target, rule = float(config.transition.positive("target")), config.transition.rule
@@ -201,77 +211,6 @@ def _with_family(config: Config, family: str) -> Config:
     return Config({**values, "family": family, **({} if own else {"output_scale": None})}, "config.quantization")
 
 
-def _recipe(config: Config, steps: int, per_epoch: int) -> optimizers.Recipe:
-    block, control, freezing = config.optimizer, config.transition, config.freezing
-    shape = recipes.build_schedule(block.schedule, 1.0, steps, per_epoch)
-    low, high = _below_one(freezing, "end"), _below_one(freezing, "start")
-    limits = {name: _optional(control, name, zero=name == "min_step_size") for name in LIMITS}
-    if None not in limits.values() and limits["min_step_size"] > limits["max_step_size"]:
-        raise ConfigError(
-            f"{control.where('min_step_size')}={limits['min_step_size']} is above {control.where('max_step_size')}="
-            f"{limits['max_step_size']}; swap them, or leave one out"
-        )
-    initial_rate = _optional(control, "initial_rate", zero=True)
-    if initial_rate is not None and initial_rate > 1:
-        raise ConfigError(
-            f"{control.where('initial_rate')}={initial_rate} must be at most 1, as rates are fractions of the weights"
-        )
-    given = {**limits, "initial_rate": initial_rate}
-    granularity = control.one_of("granularity", GRANULARITIES)
-    return optimizers.Recipe(
-        shape,
-        momentum=_below_one(block, "momentum", zero=True),
-        nesterov=block.one_of("nesterov", (True, False)),
-        b1=_below_one(block, "b1", zero=True),
-        b2=_below_one(block, "b2", zero=True),
-        eps=block.positive("eps"),
-        weight_decay=float(block.positive("weight_decay", zero=True)),
-        scale_lr=float(block.positive("scale_lr", zero=True)),
-        control={"granularity": granularity, **{name: value for name, value in given.items() if value is not None}},
-        rate_momentum=_below_one(control, "momentum", zero=True),
-        eta=_optional(control, "eta"),
-        freezing=schedules.cosine(high, max(steps, 1), end=low),
-        freezing_momentum=_below_one(freezing, "momentum"),
-        oscillation=config.one_of("oscillation", (True, False)),
-    )
-
-
-def _below_one(config: Config, key: str, *, zero: bool = False) -> float:
-    """A field above 0 (or, with ``zero``, at least 0) and below 1."""
-    value = config.positive(key, zero=zero)
-    if not value < 1:
-        raise ConfigError(f"{config.where(key)}={value!r} must be below 1")
-    return value
-
-
-def _optional(config: Config, key: str, *, zero: bool = False) -> float | None:
-    """A field that may be None, else a number above 0 (or, with ``zero``, at least 0)."""
-    return None if getattr(config, key) is None else config.positive(key, zero=zero)
-
-
-def _labels(control: Config, model: recipes.Model) -> Callable[[QuantizedNetwork], dict[str, Any]]:
-    """From a network to the argument ``labels`` of its transition rates; there is none unless rates are a label's."""
-    patterns, where = control.words("labels"), control.where("labels")
-    if (control.granularity == "label") != bool(patterns):
-        raise ConfigError(
-            f"{where}={patterns!r}, but {control.where('granularity')}={control.granularity!r}: regular expressions of "
-            "kernels that share a rate go with 'label', and only with it"
-        )
-
-    def label(name: str, _: Any) -> str:
-        index = name_rules.first(patterns, name)
-        return name if index is None else patterns[index]
-
-    def of(network: QuantizedNetwork) -> dict[str, Any]:
-        if not patterns:
-            return {}
-        layers = network.check(model.image)
-        name_rules.check(where, patterns, [name for name, layer in layers.items() if layer.bits.weight is not None])
-        return {"labels": functools.partial(trees.map_named, label)}
-
-    return of
-
-
 def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> dict[str, tuple[float, ...]]:
     """The learning rates of each optimizer."""
     rates = {name: config.grid.numbers(name) for name in variants.OPTIMIZERS}
@@ -285,16 +224,5 @@ def _grid(config: Config, trainers: tuple[Trainer, ...], data: recipes.Data) -> 
                 "nothing to choose one on; hold images out, or leave one rate"
             )
     for trainer in trainers:
-        _check_limits(config, trainer.variant, rates[trainer.variant.optimizer])
+        settings.check_limits(config, trainer.variant, rates[trainer.variant.optimizer])
     return rates
-
-
-def _check_limits(config: Config, variant: Variant, rates: tuple[float, ...]) -> None:
-    """Raises ConfigError where a scheduled arm would start with a step size beyond its limits."""
-    low, high = (getattr(config.transition, name) for name in LIMITS)
-    beyond = [r for r in rates if (low is not None and r < low) or (high is not None and r > high)]
-    if variant.scheduled and beyond:
-        raise ConfigError(
-            f"{config.grid.where(variant.optimizer)}={rates} has {beyond[0]:g}, with which {variant.name!r} would "
-            f"start beyond config.transition.min_step_size={low} or max_step_size={high}; change one of the two"
-        )

@@ -16,7 +16,10 @@ from jaxvision.losses.classification import softmax_cross_entropy
 from jaxvision.methods.trs import diagnostics, optimizers
 from jaxvision.methods.trs.variants import Variant
 from jaxvision.metrics import Mean, classification
+from jaxvision.models import ewgs_delta
 from jaxvision.models.quantized import QuantizedNetwork
+from jaxvision.models.quantized_layer import DELTA
+from jaxvision.quant.ewgs import DELTA as DELTA_START
 from jaxvision.quant.lsq import LSQ
 from jaxvision.quant.trs import TRSWeight
 
@@ -64,6 +67,21 @@ def merge(fresh: Any, given: Mapping[str, Any]) -> Any:
     }
 
 
+@dataclass(frozen=True)
+class Curvature:
+    """When EWGS's deltas are estimated from the curvature of the loss.
+
+    Attributes:
+      every: steps between two estimates; before the first the deltas are what they are without.
+      batches: training batches of an estimate, those of its first steps.
+      draws: random vectors a batch, at most.
+    """
+
+    every: int
+    batches: int
+    draws: int
+
+
 @dataclass(frozen=True, eq=False)
 class Trainer:
     """One arm.
@@ -80,6 +98,7 @@ class Trainer:
       offset: steps of the run before this arm.
       keep_variables: whether the report needs the network itself.
       family_of_run: the family of ``config.quantization``, which arms that name none have.
+      curvature: of arms with EWGS's quantizers; None: their deltas stay what they are.
     """
 
     variant: Variant
@@ -93,6 +112,7 @@ class Trainer:
     offset: int
     keep_variables: bool
     family_of_run: str
+    curvature: Curvature | None = None
 
     @functools.cached_property
     def latent(self) -> tuple[str, ...]:
@@ -112,10 +132,44 @@ class Trainer:
     def begin(self, variables: Any, setting: Mapping[str, jax.Array], key: jax.Array) -> State:
         """See :class:`arms.Arm`."""
         transform = optimizers.build(self.variant, self.recipe, self.latent, setting["lr"])
-        return supervised.new_state(self.quantized(variables, key), transform, average=False)
+        ready = self.quantized(variables, key)
+        if self.curvature is None:
+            return supervised.new_state(ready, transform, average=False)
+        deltas = ewgs_delta.start(self.network, ready["params"], DELTA_START)
+        state = supervised.new_state({**ready, DELTA: deltas}, transform, average=False)
+        return state.replace(extra={**state.extra, DELTA: jax.tree.map(jnp.zeros_like, deltas)})
+
+    def _with_deltas(self, state: State, batch: Batch, key: jax.Array) -> State:
+        """The state with one more batch in the estimate of the deltas, where one is due."""
+        chosen, count = self.curvature, state.step - self.offset
+        position = count % chosen.every
+
+        def estimate(state: State) -> State:
+            found = ewgs_delta.measure(
+                self.network,
+                supervised.variables(state),
+                lambda logits: loss_fn(self.smoothing)(logits, batch)[0],
+                batch["image"],
+                key,
+                max_draws=chosen.draws,
+            )
+            add = lambda total, one: jnp.where(position == 0, 0, total) + one  # noqa: E731
+            total = jax.tree.map(add, state.extra[DELTA], found)
+            last = position == chosen.batches - 1
+            renew = lambda old, total: jnp.where(last, jnp.maximum(total / chosen.batches, 0), old)  # noqa: E731
+            deltas = jax.tree.map(renew, state.model_state[DELTA], total)
+            return state.replace(
+                model_state={**state.model_state, DELTA: deltas}, extra={**state.extra, DELTA: total}
+            )  # fmt: skip
+
+        # Of the run's step, which members share: it stays a branch when they are mapped over at once.
+        due = (count >= chosen.every) & (position < chosen.batches)
+        return jax.lax.cond(due, estimate, lambda state: state, state)
 
     def step(self, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
         """One step of supervised training, and what it did to the weights."""
+        if self.curvature is not None:
+            state = self._with_deltas(state, batch, jax.random.fold_in(key, 2))
         quantizers, before = self.network.quantizers, self.network.quantizers(state.params)
         weight = self.dampening(state.step - self.offset)
         train = supervised.train_step(
@@ -132,6 +186,8 @@ class Trainer:
         after = quantizers(new.params)
         metrics |= diagnostics.transitions(state.params, before, new.params, after)
         metrics |= diagnostics.distance(new.params, after)
+        if self.curvature is not None:
+            metrics["weights/delta"] = Mean.of(jnp.stack(jax.tree.leaves(new.model_state[DELTA])))
         return new, metrics | diagnostics.controller(
             new.opt_state,
             scheduled=self.variant.scheduled,
@@ -141,7 +197,8 @@ class Trainer:
     def keep(self, state: State) -> dict[str, Any]:
         """Histograms of the latent weights, and the network where it is asked for."""
         left = {"histogram": diagnostics.histogram(state.params, self.network.quantizers(state.params))}
-        return {**left, "variables": supervised.variables(state)} if self.keep_variables else left
+        kept = {name: tree for name, tree in supervised.variables(state).items() if name != DELTA}
+        return {**left, "variables": kept} if self.keep_variables else left
 
     def arm(self, steps: int, rates: tuple[float, ...]) -> arms.Arm:
         """The arm of ``steps`` steps for each of ``rates``."""

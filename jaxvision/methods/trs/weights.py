@@ -17,6 +17,7 @@ from jaxvision.engine.recipes import Data, Model, build_model
 from jaxvision.engine.task import State
 from jaxvision.methods.trs.training import Trainer
 from jaxvision.models import weight_file
+from jaxvision.models.quantized_attention import is_size
 
 SCALES = ("kernel_scale", "input_scale", "input_alpha", "output_scale")
 """Fields whose start value comes from the data and mustn't be 0."""
@@ -119,7 +120,7 @@ def check_scales(variables: Any, trainers: tuple[Trainer, ...], path: str) -> No
         params = fitted(variables, jax.random.key(0))["params"]
         for name, value in trees.named_leaves(params).items():
             leaf = name.rpartition("/")[-1]
-            if leaf in SCALES and not (np.isfinite(value) & (value != 0)).all():
+            if (leaf in SCALES or is_size(leaf)) and not (np.isfinite(value) & (value != 0)).all():
                 raise ConfigError(
                     f"{path}: {name} of the arm {trainer.variant.name!r} starts at {np.ravel(value)[0]:g}, as what it "
                     "is fitted to is constant or not finite; look at that layer's weights and at the calibration images"

@@ -277,6 +277,20 @@ def test_the_report_takes_each_entry_at_the_rate_that_held_out_images_choose(tmp
         assert np.asarray(Image.open(tmp_path / f"{figure.name}.png")).std() > 0
 
 
+def test_the_report_judges_re_estimated_statistics_and_tells_the_running_ones(tmp_path):
+    made = task.make(changed(arms=("wa", "lbt"), gradient_bits=(4,), reestimate_batches=2))
+    names = ["wa", "wa_statistics", "lbt", "lbt_statistics"]
+    assert [(stage.name, stage.steps) for stage in made.stages] == [(name, 2 if "_" in name else 6) for name in names]
+    losses = {"wa": [3, 3], "wa_statistics": [1, 1], "lbt": [5, 5], "lbt_statistics": [2, 2]}
+    found = made.report(Results(None, rows(made, 2, losses), [], tmp_path))
+    # Accuracy after the estimation, loss of the training before it.
+    assert [row[1:5] for row in map(list, found.tables[0].rows)] == [
+        ["80.0 ± 0.0", "4.500 ± 0.000", "-", "-"], ["-", "-", "70.0 ± 0.0", "7.500 ± 0.000"]
+    ]  # fmt: skip
+    assert "averaged over 2 training batches" in found.notes[1]
+    assert "W, A only 60.0 ± 0.0, LBT alpha 0.2 at 4 bits 40.0 ± 0.0" in found.notes[1]
+
+
 def test_an_exported_arm_is_written_and_read_back(tmp_path):
     """Without gamma and the widths of gradients, though another arm runs after it."""
     config = changed(**SMALL, arms=("lbt", "wa"), gradient_bits=(4,), export="lbt")

@@ -74,6 +74,10 @@ def test_the_group_of_every_parameter():
         "pos_embed": "float",
     }
     assert optimizers.labels(PARAMS, LATENT, freeze_scales=False)["block"]["conv"]["kernel_scale"] == "scale"
+    names = ("product_q_scale", "product_k_alpha", "product_q_k_output", "qkv/kernel", "prelu/slope", "move0/bias")
+    products = optimizers.labels(trees.nested(dict.fromkeys(names, 0)), LATENT, freeze_scales=True)
+    groups = dict(zip(names, ("scale", "clip", "scale", "float", "norm", "norm"), strict=True))
+    assert trees.named_leaves(products) == groups
     assert optimizers.labels({"kernel": 0, "bias": 0}, ("kernel",), freeze_scales=True) == {
         "kernel": "latent",
         "bias": "float",

@@ -14,11 +14,12 @@ from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import arms, quantized_files
 from jaxvision.engine.quantization import build_network
 from jaxvision.main import make_task
-from jaxvision.methods.trs import optimizers, training, variants, weights
+from jaxvision.methods.trs import optimizers, settings, training, variants, weights
 from jaxvision.methods.trs import task as trs_task
 from jaxvision.methods.trs.variants import parse
 from jaxvision.models import weight_file, zoo
 from jaxvision.optim import schedules
+from jaxvision.quant.binary import BinaryActivation
 
 CONFIGS = importlib.import_module("configs.trs")
 IMAGENET = [name for name in CONFIGS.PRESETS if name.startswith("imagenet")]
@@ -40,7 +41,7 @@ def task(**changes):
     return built
 
 
-@pytest.mark.parametrize("preset", [*IMAGENET, "cifar100_resnet20", "cifar10_subset"])
+@pytest.mark.parametrize("preset", [*IMAGENET, "cifar100_resnet20", "cifar10_reactnet18", "cifar10_subset"])
 def test_presets_train_at_full_size(preset):
     """Shapes only: the quantized network, the groups of its parameters, start and step of the exported arm."""
     config = Config(CONFIGS.get_config(preset).to_dict())
@@ -49,11 +50,14 @@ def test_presets_train_at_full_size(preset):
     image = images[:1]
     network = build_network(config.quantization, module, image)
     layers = network.check(image)
-    assert len(layers) == {"resnet18": 19, "mobilenet_v2": 51, "resnet20": 18}.get(config.model.name, 48)
+    name = config.model.name.removesuffix("_cifar")
+    assert len(layers) == {"resnet18": 19, "mobilenet_v2": 51, "resnet20": 18, "reactnet18": 16}.get(name, 48)
     signed = [name for name, layer in layers.items() if layer.input.settings.get("signed")]
-    assert len(signed) == {"resnet18": 0, "mobilenet_v2": 17, "resnet20": 0}.get(config.model.name, 48)
+    assert len(signed) == {"resnet18": 0, "mobilenet_v2": 17, "resnet20": 0, "reactnet18": 0}.get(name, 48)
 
-    variant = parse(config.export, family="trs", baseline=config.baseline, target=5e-3, rule="momentum")
+    variant = parse(
+        config.export, family=config.quantization.family, baseline=config.baseline, target=5e-3, rule="momentum"
+    )
     trainer = training.Trainer(
         variant, network, image, optimizers.Recipe(schedules.constant(1.0), oscillation=config.oscillation),
         lambda: images, 0.1, 1, schedules.constant(0.0), 0, False, "trs",
@@ -68,7 +72,8 @@ def test_presets_train_at_full_size(preset):
     assert len([name for name in metrics if name.startswith("step_size/")]) == len(layers)
     assert ("weights/oscillating" in metrics) == (preset not in IMAGENET)
     groups = optimizers.labels(state.params, tuple(layers), freeze_scales=True)
-    assert {"latent", "float", "norm", "scale", "frozen"} == set(jax.tree.leaves(groups))
+    scales = set() if name == "reactnet18" else {"scale", "frozen"}
+    assert {"latent", "float", "norm"} | scales == set(jax.tree.leaves(groups))
 
 
 @functools.cache
@@ -112,6 +117,77 @@ def test_stages_are_the_float_network_and_the_arms():
     assert state.params["conv3"]["kernel_scale"].shape == (4,)
 
 
+def test_statistics_are_estimated_again_after_each_arm_where_they_are_asked_for():
+    built = task(arms=("sgd", "adamt_1e-2"), reestimate_batches=3)
+    names = ["float", "sgd", "sgd_statistics", "adamt_1e-2", "adamt_1e-2_statistics"]
+    assert [stage.name for stage in built.stages] == names
+    assert [stage.steps for stage in built.stages][1:3] == [built.stages[3].steps, 3]
+    # The trainers' offsets are where the engine puts their stages: targets and freezing count from there.
+    starts = np.cumsum([0, *(stage.steps for stage in built.stages)])
+    trainers = built.report.args[0].trainers
+    assert [trainer.offset for trainer in trainers] == [starts[1], starts[3]]
+    key = jax.eval_shape(lambda: rng.key(0, ""))
+    state = jax.eval_shape(built.init, key)
+    for stage in built.stages:
+        state = state if stage.begin is None else jax.eval_shape(stage.begin, state, key)
+        new, _ = jax.eval_shape(stage.step, state, stage.data.batch_at(0), key)
+        assert kinds(new) == kinds(state)
+
+
+def test_reactnet_starts_from_binary_inputs_and_trains_binary_weights():
+    """One real step of the float-weight stage and one of the arm, on a network of width 2."""
+    changes = {"model__settings": {"width": 2, "stage_sizes": (1, 1, 1, 1)}, "model__name": "reactnet18_cifar"}
+    quantization = {"family": "reactnet", "float_layers": ("^conv1/", "/downsample_1/", "^fc/")}
+    built = task(
+        **changes, **{f"quantization__{name}": value for name, value in quantization.items()},
+        float__quantized_inputs=True, arms=("sgdt",), export="", data__batch_size=16, grid__sgd=(0.1,),
+    )  # fmt: skip
+    key, batch = jax.random.key(0), built.stages[0].data.batch_at(0)
+    pretraining, arm = built.stages
+    state = jax.jit(pretraining.begin)(jax.jit(built.init)(key), key)
+    before = state.params
+    state, metrics = jax.jit(pretraining.step)(state, batch, key)
+    assert np.isfinite(metrics["loss"].compute())
+    move = lambda params: params["layer2_0"]["move0"]["bias"]  # noqa: E731
+    assert (np.asarray(move(state.params)) != np.asarray(move(before))).any()
+    block = trs_task._float_weights(Config(CONFIGS.get_config("cifar10_reactnet18").to_dict()).quantization)
+    network = build_network(block, zoo.build("reactnet18_cifar", num_classes=2), np.zeros((1, 32, 32, 3), np.float32))
+    layers = network.check(np.zeros((1, 32, 32, 3), np.float32)).values()
+    assert {(layer.bits.weight, layer.bits.input, layer.input.kind) for layer in layers} == {
+        (None, 1, BinaryActivation)
+    }
+    state = jax.jit(arm.begin)(state, key)
+    latent = lambda params: params["layer2_0"]["binary_conv"]["kernel"]  # noqa: E731
+    new, metrics = jax.jit(arm.step)(state, batch, key)
+    assert (np.asarray(latent(new.params)) != np.asarray(latent(state.params))).any()
+    assert np.isfinite(metrics["loss"].compute()) and "step_size/layer2_0.binary_conv_0" in metrics
+
+
+def test_ewgs_estimates_its_deltas_when_they_are_due():
+    """Two estimates' worth of steps, two batches each: nothing moves before, and after the second batch all does."""
+    built = task(
+        arms=("sgd", "ewgs"), export="", ewgs__every_epochs=0.5, ewgs__batches=2, ewgs__draws=3, grid__sgd=(1e-3,),
+        how="map",
+    )  # fmt: skip
+    first, plain, stage = built.stages
+    every = schedules.epochs_to_steps(0.5, 512 // 64)
+    key, compiled = jax.random.key(0), jax.jit(stage.step)
+    start = jax.jit(first.begin)(jax.jit(built.init)(key), key)
+    state = jax.jit(stage.begin)(start.replace(extra={arms.START: {"params": start.params, **start.model_state}}), key)
+    state = state.replace(step=jnp.int32(first.steps + plain.steps))
+    seen = []
+    for step in range(every + 2):
+        state, metrics = compiled(state, stage.data.batch_at(step), key)
+        state = state.replace(step=state.step + 1)
+        deltas = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.model_state["delta"])])
+        seen.append(deltas)
+        np.testing.assert_allclose(metrics["weights/delta_0"].compute(), deltas.mean(), rtol=1e-5)
+    assert all((each == np.float32(1e-3)).all() for each in seen[: every + 1])
+    assert (seen[-1] != np.float32(1e-3)).all() and (seen[-1] >= 0).all() and np.isfinite(seen[-1]).all()
+    assert "delta" not in jax.eval_shape(plain.begin, jax.eval_shape(lambda: start.replace(extra={arms.START: {
+        "params": start.params, **start.model_state}})), key).model_state  # fmt: skip
+
+
 def test_lsq_has_two_levels_of_weights_at_one_bit():
     built = task(arms=("lsq",), export="")
     begin = built.stages[1].begin
@@ -128,7 +204,7 @@ def test_a_label_is_the_first_regular_expression_that_finds_a_kernel():
     model = weights.Model("plain_cnn", module, image)
     network = build_network(config.quantization, module, image)
     control = Config({"granularity": "label", "labels": ("3/", "v[23]/")}, "config.transition")
-    labels = trs_task._labels(control, model)(network)["labels"]
+    labels = settings.labels(control, model)(network)["labels"]
     assert labels({"conv2": {"kernel": 0}, "conv3": {"kernel": 0}, "conv4": {"kernel": 0}}) == {
         "conv2": {"kernel": "v[23]/"}, "conv3": {"kernel": "3/"}, "conv4": {"kernel": "conv4/kernel"},
     }  # fmt: skip
@@ -152,6 +228,11 @@ def test_targets_scale_with_the_bits_of_each_layer():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"ewgs__every_epochs": 0.25},
+            "config.ewgs.every_epochs=0.25 is 2 steps, fewer than the config.ewgs.batches=3",
+        ),
+        ({"reestimate_batches": -1}, "config.reestimate_batches=-1 must be a number of at least 0"),
         ({"seeds": (1, 1)}, r"config.seeds=\(1, 1\) must be at least one seed, each once"),
         ({"grid__sgd": ("a",)}, r"config.grid.sgd=\('a',\) must be numbers"),
         ({"arms": ()}, r"config.arms=\(\) must be at least one arm"),
