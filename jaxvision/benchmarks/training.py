@@ -133,7 +133,7 @@ def options(description: str | None, **defaults: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--default_fusions", action="store_true", help="leave XLA its own choice of fusions through YNN")
+    parser.add_argument("--default_fusions", action="store_true", help="XLA's own choice of YNN fusions")
     options = parser.parse_args()
     # On a CPU (jaxlib 0.10.2) XLA's fusions through YNN make normalisations faster and the gradients of kernels slower;
     # with these two kinds alone a step takes 0.6 times as long as by default.
