@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.methods.igq_vit import allocation, baselines, bops, integer, quantizers, simulate
+from jaxvision.methods.igq_vit import allocation, baselines, bops, integer, integer_products, quantizers, simulate
 from jaxvision.methods.igq_vit.calibration import (
     Bits,
     Calibration,
@@ -115,8 +115,8 @@ def check_widths(method: str, text: str, bits: Bits) -> None:
     width, found, why = bits.activation, IGQ.fullmatch(method), ""
     if method == "ptq4vit" and width < 2:
         why = "its twin quantizers need 2 bits or more"
-    elif found and found[4] and width > integer.MAX_SHIFTED_BITS:
-        why = f"its shifted codes fit int8 up to {integer.MAX_SHIFTED_BITS} bits"
+    elif found and found[4] and width > integer_products.MAX_SHIFTED_BITS:
+        why = f"its shifted codes fit int8 up to {integer_products.MAX_SHIFTED_BITS} bits"
     elif found and found[5] and width > 8:
         why = "its codes are int8"
     if why:

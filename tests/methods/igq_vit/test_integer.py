@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxvision.core.errors import ConfigError
-from jaxvision.methods.igq_vit import groups, integer, quantizers, simulate
+from jaxvision.methods.igq_vit import groups, integer, integer_products, quantizers, simulate
 from jaxvision.methods.igq_vit import sites as sites_lib
 from jaxvision.models.vit import ViT
 from jaxvision.quant import uniform, weights
@@ -47,7 +47,7 @@ def test_linear_oracle(path, x64):
     codes, group, scale, zero, bias = (
         jnp.asarray(oracle[name]) for name in ("codes", "group", "scale", "zero", "bias")
     )
-    y = integer.igq_linear_int(codes, group, scale, zero, weight, bias, int(oracle["act_bits"]))
+    y = integer_products.igq_linear_int(codes, group, scale, zero, weight, bias, int(oracle["act_bits"]))
     np.testing.assert_allclose(y, oracle["y_integer_path"], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(y, oracle["y"], rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(y, masked_linear_int(codes, group, scale, zero, weight, bias), rtol=1e-9, atol=1e-12)
@@ -70,14 +70,14 @@ def test_attention_oracle(path, x64):
 
 def test_products_are_of_int8_and_sum_in_int32():
     weight = weights.QuantizedTensor(jnp.zeros((8, 3), jnp.uint8), jnp.ones(3), jnp.zeros(3), 8)
-    jaxpr = jax.make_jaxpr(integer.igq_linear_int, static_argnums=())(
+    jaxpr = jax.make_jaxpr(integer_products.igq_linear_int, static_argnums=())(
         jnp.zeros((1, 2, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32), jnp.ones(2), jnp.zeros(2), weight, None, 8
     )
     text = str(jaxpr)
     assert text.count("dot_general") == 1 and "preferred_element_type=int32" in text
     line = next(line for line in text.splitlines() if "dot_general" in line)
     assert ":i32[" in line
-    signed, offset = integer.signed(jnp.asarray([0, 255]), 8)
+    signed, offset = integer_products.signed(jnp.asarray([0, 255]), 8)
     assert signed.dtype == jnp.int8 and signed.tolist() == [-128, 127] and int(offset) == 128
 
 
@@ -107,14 +107,14 @@ def test_the_tile_does_not_matter(tile):
     scale, zero = uniform.affine_params(quantizer.bounds[0, :, 0], quantizer.bounds[0, :, 1], 4)
     group = quantizer.groups(x, 3)
     codes = uniform.quantize(x, scale[group][:, None], zero[group][:, None], 4)
-    found = integer.igq_linear_int(codes, group, scale, zero, weight, bias, 4, tile=tile)
+    found = integer_products.igq_linear_int(codes, group, scale, zero, weight, bias, 4, tile=tile)
     expected = masked_linear_int(codes, group, scale, zero, weight, bias)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [[0] * 9, [3] * 9, [0, 1, 2, 3] * 2 + [3], [2, 0, 2, 0, 0, 0, 0, 0, 0]])
 def test_tiles_hold_each_channel_once_and_one_group(group):
-    channels, owner = integer.tile_channels(jnp.asarray(group), 4, 4)
+    channels, owner = integer_products.tile_channels(jnp.asarray(group), 4, 4)
     assert channels.shape == ((9 + 4 * 3) // 4, 4)
     real = np.asarray(channels)[np.asarray(channels) < 9]
     assert sorted(real.tolist()) == list(range(9))
@@ -186,7 +186,7 @@ def test_a_layer_whose_output_has_no_tap_is_refused():
 
 def test_snapped_scales_are_powers_of_two_and_intervals_hold_zero():
     bounds = jnp.asarray([[-0.1, 0.2], [-1.0, 1.4], [0.5, 3.0], [-4.0, -1.0]])
-    snapped, base, shift = integer.snap_power_of_two(bounds, 4)
+    snapped, base, shift = integer_products.snap_power_of_two(bounds, 4)
     scale, zero = uniform.affine_params(snapped[:, 0], snapped[:, 1], 4)
     np.testing.assert_allclose(scale, base * 2.0 ** np.asarray(shift), rtol=1e-6)
     assert set(np.asarray(shift)) <= {0, 1, 2, 3} and len(set(np.asarray(shift))) > 1
@@ -199,12 +199,12 @@ def test_snapped_scales_are_powers_of_two_and_intervals_hold_zero():
 
 def test_one_product_equals_its_simulation():
     x, quantizer, weight, bias = layer(4, 4)
-    snapped, base, shift = integer.snap_power_of_two(quantizer.bounds[0, :5], 4)
+    snapped, base, shift = integer_products.snap_power_of_two(quantizer.bounds[0, :5], 4)
     pow2 = groups.InstanceGroupQuantizer.create(snapped, 4)
     scale, zero = base * 2.0**shift, jnp.round(-snapped[:, 0] / (base * 2.0**shift))
     group = pow2.groups(x, 3)
     codes = uniform.quantize(x, scale[group][:, None], zero[group][:, None], 4)
-    y = integer.power_of_two_linear_int(codes, group, base, shift, zero, weight, bias)
+    y = integer_products.power_of_two_linear_int(codes, group, base, shift, zero, weight, bias)
     np.testing.assert_allclose(y, pow2(x, 3) @ weight.dequantize() + bias, rtol=1e-4, atol=1e-4)
     padded = integer.snapped(quantizer, 4)
     assert padded.bounds.shape == quantizer.bounds.shape and int(padded.count) == int(quantizer.count)
@@ -220,7 +220,7 @@ def test_one_product_equals_its_simulation():
 
 @pytest.mark.parametrize(("bits", "shift"), [(3, 3), (4, 3), (5, 2), (6, 1), (7, 0)])
 def test_largest_shift_keeps_int8(bits, shift):
-    assert integer.largest_shift(bits) == shift
+    assert integer_products.largest_shift(bits) == shift
     assert (2**bits - 1) << shift <= 127
     with pytest.raises(ConfigError, match="bits=8"):
-        integer.largest_shift(8)
+        integer_products.largest_shift(8)
