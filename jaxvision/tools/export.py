@@ -7,7 +7,8 @@ RUN holds ``quantized.safetensors``, which ``trs`` and ``lbt`` write for the arm
     network.safetensors, network.json          codes, steps and what they mean (jaxvision/models/integer_file.py)
     program.mlirbc, program.mlirbc.json        the whole network as StableHLO (jaxvision/models/stablehlo.py)
 
-From Python the same is ``integer_network.convert`` and the ``save`` functions of the two modules, for any network.
+From Python the same is ``integer_network.convert``, ``integer_folding.fold`` and the ``save`` functions of the two
+modules, for any network.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from jaxvision.core.errors import ConfigError, DataError
 from jaxvision.engine import recipes
 from jaxvision.engine.quantized_files import WEIGHTS, network_of
 from jaxvision.methods.igq_vit import export as igq_vit_file
-from jaxvision.models import integer_file, integer_network, stablehlo, weight_file, zoo
+from jaxvision.models import integer_file, integer_folding, integer_network, stablehlo, weight_file, zoo
 from jaxvision.models.quantized import QuantizedNetwork
 from jaxvision.tools import command_line
 
@@ -64,8 +65,9 @@ def export(
       ConfigError, DataError: no such run, a run without an exported network, an impossible storage.
     """
     network, variables, shape, facts = load(workdir, image)
-    integers = integer_network.convert(network, variables, storage)
-    layers = integer_network.describe(network, integers, jax.ShapeDtypeStruct((1, *shape), np.float32))
+    image = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    integers = integer_folding.fold(network, integer_network.convert(network, variables, storage), image)
+    layers = integer_network.describe(network, integers, image)
     integer_file.save(to / "network", integer_file.IntegerModel(integers, layers, {**facts, "image": list(shape)}))
     stablehlo.save(to / "program", stablehlo.trace(lambda x: network.apply(integers, x), shape, batch=batch))
     error = _difference(network, variables, to, shape, batch or 2)
