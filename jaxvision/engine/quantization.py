@@ -106,6 +106,20 @@ def bit_rules(config: Config) -> tuple[tuple[str, tuple[Any, Any, Any]], ...]:
     return tuple((pattern, tuple(widths)) for pattern, widths in values)
 
 
+def check_start(network: QuantizedNetwork, params: Any, *fields: str) -> None:
+    """Raises ConfigError where a quantizer of ``params``, known now, has a value that it can't start from.
+
+    ``fields`` of the configuration decide about the start, beside those that the sentence names anyway.
+    """
+    try:
+        network.check_fitted(params)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the first batch starts no network: {error}; leave the layer in config.quantization.float_layers, or look "
+            f"at {' and '.join(('config.model.init_from', 'config.data', *fields))}"
+        ) from error
+
+
 def product_rules(config: Config) -> tuple[tuple[str, tuple[Any, Any]], ...]:
     """The field ``products``: (regex, (first, second)) pairs, the products of attention with quantized operands.
 

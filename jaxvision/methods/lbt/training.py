@@ -10,8 +10,7 @@ import numpy as np
 import optax
 
 from jaxvision.core import trees
-from jaxvision.core.errors import ConfigError
-from jaxvision.engine import arms, supervised
+from jaxvision.engine import arms, quantization, supervised
 from jaxvision.engine.task import Batch, Metrics, State
 from jaxvision.losses.classification import softmax_cross_entropy
 from jaxvision.methods.lbt import control as control_lib
@@ -103,15 +102,8 @@ class Trainer:
 
     def check(self, state: State) -> None:
         """Raises ConfigError where a quantizer of a member can't start from what the first batch gave it."""
-        if not isinstance(self.network, QuantizedNetwork):
-            return
-        try:
-            self.network.check_fitted(state.params)
-        except ConfigError as error:
-            raise ConfigError(
-                f"the first batch starts no network: {error}; leave the layer in config.quantization.float_layers, or "
-                "look at config.model.init_from, config.data and config.interval.start_images"
-            ) from error
+        if isinstance(self.network, QuantizedNetwork):
+            quantization.check_start(self.network, state.params, "config.interval.start_images")
 
     def keep(self, state: State) -> dict[str, Any]:
         """The quantized network's variables without the state of its gradients' quantizers."""

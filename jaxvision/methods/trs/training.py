@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvision.core.errors import ConfigError
-from jaxvision.engine import arms, supervised
+from jaxvision.engine import arms, quantization, supervised
 from jaxvision.engine.task import Batch, Metrics, State
 from jaxvision.losses.classification import softmax_cross_entropy
 from jaxvision.methods.trs import diagnostics, optimizers
@@ -129,6 +129,10 @@ class Trainer:
         ready = merge(self.fresh(key), variables)
         return ready if self.images is None else self.network.calibrate(ready, self.images())
 
+    def check(self, state: State) -> None:
+        """Raises ConfigError where a quantizer can't start from what the first batch or the start's file gave it."""
+        quantization.check_start(self.network, state.params)
+
     def begin(self, variables: Any, setting: Mapping[str, jax.Array], key: jax.Array) -> State:
         """See :class:`arms.Arm`."""
         transform = optimizers.build(self.variant, self.recipe, self.latent, setting["lr"])
@@ -212,6 +216,7 @@ class Trainer:
             schedules={"target": self._target} if self.variant.scheduled else {},
             separate=diagnostics.METRICS,
             keep=self.keep,
+            check=self.check,
         )
 
     def _target(self, count: int) -> jax.Array:

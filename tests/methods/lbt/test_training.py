@@ -14,6 +14,7 @@ import pytest
 from flax import linen as nn
 
 from jaxvision.core import trees
+from jaxvision.core.errors import ConfigError
 from jaxvision.engine import arms
 from jaxvision.engine.task import State
 from jaxvision.methods.lbt import control
@@ -99,6 +100,13 @@ def test_begin_starts_intervals_and_gamma_from_the_first_batch_and_takes_no_step
     assert after["two/input_scale"] != 1
     assert all(0 < gamma < 1 for gamma in gammas(state).values())
     jax.tree.map(np.testing.assert_array_equal, state.model_state["batch_stats"], start()["batch_stats"])
+
+
+def test_a_batch_that_starts_no_network_is_refused_before_training():
+    LBT.check(begin(LBT, alpha=0.5))
+    black = dataclasses.replace(LBT, first=lambda: {n: np.zeros_like(leaf) for n, leaf in LBT.first().items()})
+    with pytest.raises(ConfigError, match=r"the input of one/kernel .* config.interval.start_images"):
+        black.check(begin(black, alpha=0.5))
 
 
 def test_one_program_serves_all_widths_and_gamma_moves_by_beta():

@@ -1,5 +1,6 @@
 """Twenty steps of a small network beside the official code's."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxvision.core import trees
+from jaxvision.core.errors import ConfigError
 from jaxvision.engine import arms
 from jaxvision.methods.trs.optimizers import Recipe
 from jaxvision.methods.trs.training import Trainer
@@ -107,3 +109,15 @@ def test_twenty_steps_of_the_official_code(path):
         close(value, oracle[f"final_b{int(norm[-1]) - 1}_running_{name}"], err_msg=ours)
     for layer in LAYERS:  # Under TRS the kernels' scales stand still.
         assert state.params[layer]["kernel_scale"] == begun.params[layer]["kernel_scale"]
+
+
+def test_a_batch_that_starts_no_network_is_refused_before_training():
+    oracle = load(ORACLES[0])
+    trainer, variables, images = official(oracle)
+    black = dataclasses.replace(trainer, images=lambda: np.zeros_like(images[0]))
+    setting = {"lr": jnp.float32(oracle["lr"])}
+    with jax.enable_x64(True):
+        begin = lambda each: jax.jit(each.begin)(variables, setting, jax.random.key(0))  # noqa: E731
+        trainer.check(begin(trainer))
+        with pytest.raises(ConfigError, match=r"starts no network: the input of conv2/kernel .* and config.data"):
+            black.check(begin(black))
