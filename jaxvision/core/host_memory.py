@@ -1,8 +1,8 @@
 """Whether the C library keeps the memory that a computation on the CPU frees.
 
 XLA frees the temporary arrays of a step at its end and asks for them again in the next. glibc gives blocks of that size
-back to the system, which hands them out again page by page and zeroed: a quarter of the time of a training step of
-ResNet-20 with 256 images (``benchmarks.trs``). Kept in one heap, they are there at once.
+back to the system, which hands them out again page by page and zeroed: a fifth of the time of a W2A2 training step
+of ResNet-20 with 256 images (``benchmarks.trs``). Kept in one heap, they are there at once.
 """
 
 import ctypes
