@@ -135,10 +135,9 @@ def options(description: str | None, **defaults: int) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--default_fusions", action="store_true", help="XLA's own choice of YNN fusions")
     options = parser.parse_args()
-    # On a CPU (jaxlib 0.10.2) XLA's fusions through YNN make normalisations faster and the gradients of kernels slower;
-    # with these two kinds alone a step takes 0.6 times as long as by default.
+    # On a CPU (jaxlib 0.10.2) YNN is faster than XLA's own code at sums over a batch and slower at convolutions.
     if not options.default_fusions:
-        flags = "--xla_cpu_experimental_ynn_fusion_type=eltwise,reduce"
+        flags = "--xla_cpu_experimental_ynn_fusion_type=reduce"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     host_memory.keep_freed_memory()
     # PyTorch's threads shall not spin while they wait: where others use the machine, that halves its speed.

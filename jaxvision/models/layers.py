@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError, unknown
+from jaxvision.models.convolution import kept
 
 Initializer = Callable[..., jax.Array]
 Pair = int | tuple[int, int]
@@ -123,7 +124,7 @@ class Conv(nn.Module):
     def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The convolution without its bias; a method so that ``models.quantized`` can intercept it."""
         return jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
+            kept(x.astype(self.dtype)),
             kernel.astype(self.dtype),
             window_strides=pair(self.stride),
             padding=[(p, p) for p in pair(self.padding)],
