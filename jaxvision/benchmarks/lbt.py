@@ -2,16 +2,15 @@
 
     python -m jaxvision.benchmarks.lbt [--batch 128] [--rounds 5]
 
-Random images (the speed doesn't depend on them), everything in one run on one machine, PyTorch eager beside it where it
-is installed. On a CPU without 8-bit units integers are slower than floats; what they save is memory.
+Random images (the speed doesn't depend on them); every row in a process of its own, all in turns; PyTorch eager among
+them where it is installed, as it is and with jaxvision's setting of the C library's memory. On a CPU without 8-bit
+units integers are slower than floats; what they save is memory.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxvision.benchmarks import timing, torch_resnet, training
 from jaxvision.benchmarks.training import DECAY, LR, MOMENTUM, Training
@@ -63,49 +62,63 @@ def network_residuals(network: Any, batch: int) -> int:
     return training.residual_bytes(forward, variables, x)
 
 
+FORMS = {
+    "W4A4": (Bits(4, 4), "fake"),
+    "4/4/4 fake": (BITS, "fake"),
+    "4/4/4 int": (BITS, "int"),
+    "4/4/4 fake, gamma fixed": (BITS, "fake"),
+}
+"""Label -> bits and execution."""
+
+
+def quantized(label: str) -> QuantizedNetwork:
+    """The network of a row of the table."""
+    return training.quantized("lbt", *FORMS[label])
+
+
+def build(label: str, size: int) -> Training:
+    """A row of the table."""
+    batch = training.random_batch(size)
+    module, network = training.module(), quantized("4/4/4 fake")
+    if label == "float":
+        start = jax.jit(module.init)(jax.random.key(0), batch["image"][:1])
+        return Training(module, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)
+    fresh = jax.jit(network.init)(jax.random.key(0), batch["image"][:1])
+    fitted = jax.jit(network.calibrate)(fresh, batch["image"])
+    fitted["interval"] = trees.map_named(lambda _, leaf: leaf.at[0].set(0.7), fitted["interval"])
+    if label == "W4A4":
+        del fitted["interval"]
+    controllers = {"interval": controller} if label in ("4/4/4 fake", "4/4/4 int") else {}
+    return Training(quantized(label), transform(), batch, fitted, controllers=controllers)
+
+
 def main() -> None:
     """Prints the tables."""
     options = training.options(__doc__, batch=128, rounds=5)
-    batch = training.random_batch(options.batch)
     print(f"ResNet-20, batch {options.batch}, {jax.devices()[0].device_kind}")
-    module, fake = training.module(), training.quantized("lbt", BITS)
-    forms = {"W4A4": training.quantized("lbt", Bits(4, 4)), "4/4/4 fake": fake}
-    forms["4/4/4 int"] = training.quantized("lbt", BITS, "int")
-    start = jax.jit(module.init)(jax.random.key(0), batch["image"][:1])
-    fresh = jax.jit(fake.init)(jax.random.key(0), batch["image"][:1])
-    fitted = jax.jit(fake.calibrate)(fresh, batch["image"])
-    fitted["interval"] = trees.map_named(lambda _, leaf: leaf.at[0].set(0.7), fitted["interval"])
-    made: dict[str, Any] = {"float": Training(module, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)}
-    for label, network in forms.items():
-        own = {name: tree for name, tree in fitted.items() if name != "interval" or label != "W4A4"}
-        control = {} if label == "W4A4" else {"interval": controller}
-        made[label] = Training(network, transform(), batch, own, controllers=control)
-    made["4/4/4 fake, gamma fixed"] = Training(fake, transform(), batch, fitted)
-    if torch_resnet.available():
-        images = np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2))
-        labels = batch["label"].astype(np.int64)
-        for peer, step in (("PyTorch float", torch_resnet.float_step), ("PyTorch 4/4/4", torch_resnet.lbt_step)):
-            made[peer] = functools.partial(step(), images, labels)
+    made = training.candidates(build, ("float", *FORMS), options)
+    steps = {"PyTorch float": torch_resnet.float_step, "PyTorch 4/4/4": torch_resnet.lbt_step}
+    made |= training.torch_peers(steps, options.batch)
     seconds, processor = training.measure(made, options.rounds)
     training.table(seconds, processor, made, PEERS)
+    for worker in made.values():
+        worker.close()
 
-    pair = {name: made[name] for name in ("4/4/4 fake", "4/4/4 fake, gamma fixed")}
+    pair = {label: build(label, options.batch) for label in ("4/4/4 fake", "4/4/4 fake, gamma fixed")}
     alone = timing.processor_seconds(pair, 3 * options.rounds)
     overhead = alone["4/4/4 fake"] / alone["4/4/4 fake, gamma fixed"] - 1
     training.verdict("controller's overhead, two whole steps by processor", overhead, OVERHEAD)
-    if (peer := PEERS["float"]) in seconds:
-        for what, times in (("", seconds), (" by processor", processor)):
-            ratio = times[peer] / times["float"]
-            training.verdict(f"float, jaxvision over PyTorch eager{what}", ratio, 1, at_least=True)
+    training.against_peer(seconds, processor, PEERS["float"])
     sizes = {name: layer_residuals(name, options.batch) / 2**20 for name in ("fake", "int")}
     print(f"residuals of a layer: fake {sizes['fake']:.2f} MiB, int {sizes['int']:.2f} MiB")
     training.verdict("residuals of a layer, int over fake", sizes["int"] / sizes["fake"], RESIDUALS)
-    found = {
-        name: network_residuals(network, options.batch) / 2**20 for name, network in {"float": module, **forms}.items()
+    networks = {
+        "float": training.module(),
+        **{label: quantized(label) for label in ("W4A4", "4/4/4 fake", "4/4/4 int")},
     }
-    print("residuals of the network: " + ", ".join(f"{name} {size:.1f} MiB" for name, size in found.items()))
+    found = {label: network_residuals(network, options.batch) / 2**20 for label, network in networks.items()}
+    print("residuals of the network: " + ", ".join(f"{label} {size:.1f} MiB" for label, size in found.items()))
     training.verdict("residuals of the network, int over fake", found["4/4/4 int"] / found["4/4/4 fake"], RESIDUALS)
-    print(training.peak_memory())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What the benchmarks of quantized training share: ResNet-20, its steps as compiled programs, and what they keep."""
 
 import argparse
-import os
+import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from jaxvision.benchmarks import timing
+from jaxvision.benchmarks import timing, torch_resnet
+from jaxvision.benchmarks.worker import Worker
 from jaxvision.core import host_memory, trees
-from jaxvision.engine import supervised
+from jaxvision.engine import parallel, supervised
 from jaxvision.engine.task import Batch, Metrics, State
 from jaxvision.losses.classification import softmax_cross_entropy
 from jaxvision.metrics import Mean
@@ -84,9 +85,12 @@ class Training:
     """A compiled training step that goes on from where it was: ``training()`` does one and waits for it.
 
     Attributes:
-      compile_seconds: tracing and compiling.
-      temporary: bytes that the program needs besides its arguments and results, as XLA plans them.
+      facts: "temporary", the bytes that the program needs besides its arguments and results, as XLA plans them, and
+        "compile_seconds", tracing included.
+      compiler_options: those of the training steps of a run.
     """
+
+    compiler_options: ClassVar[Callable[[], dict[str, str]]] = staticmethod(parallel.training_options)
 
     def __init__(self, network: Any, transform: Any, batch: Batch, variables: Any, **options: Any):
         """``variables`` of the network; ``options`` of :func:`supervised.train_step`."""
@@ -104,9 +108,10 @@ class Training:
         self.state = jax.tree.map(jnp.array, state)  # Its own: the step gives its arguments away.
         self._batch, self._key = jax.device_put(batch), jax.random.key(0)
         begin = time.perf_counter()
-        self._step = jax.jit(step, donate_argnums=0).lower(self.state, self._batch, self._key).compile()
-        self.compile_seconds = time.perf_counter() - begin
-        self.temporary = self._step.memory_analysis().temp_size_in_bytes
+        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self._batch, self._key)
+        self._step = lowered.compile(self.compiler_options())
+        seconds, temporary = time.perf_counter() - begin, self._step.memory_analysis().temp_size_in_bytes
+        self.facts = {"temporary": temporary, "compile_seconds": seconds}
 
     def __call__(self) -> State:
         self.state, _ = self._step(self.state, self._batch, self._key)
@@ -135,41 +140,69 @@ def options(description: str | None, **defaults: int) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--default_fusions", action="store_true", help="XLA's own choice of YNN fusions")
     options = parser.parse_args()
-    # On a CPU (jaxlib 0.10.2) YNN is faster than XLA's own code at sums over a batch and slower at convolutions.
-    if not options.default_fusions:
-        flags = "--xla_cpu_experimental_ynn_fusion_type=reduce"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    if options.default_fusions:
+        Training.compiler_options = staticmethod(dict)
     host_memory.keep_freed_memory()
-    # PyTorch's threads shall not spin while they wait: where others use the machine, that halves its speed.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return options
 
 
-def measure(candidates: Mapping[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of a step of each candidate by the clock and of processor time (all threads), interleaved.
+KEPT = ", memory kept"
+"""Behind the name of a peer that keeps freed memory, as jaxvision does (see :mod:`host_memory`)."""
 
-    :data:`IN_A_ROW` steps are timed together, as a training run does one after the other: the first after another
-    program has to ask the system for its gigabyte again. Where others use the machine too, processor time is what can
-    be compared.
+
+def candidates(build: Callable[[str, int], Training], labels: Iterable[str], options: Any) -> dict[str, Worker]:
+    """``build(label, batch size)`` of every label, in a process of its own each; ``options`` of :func:`options`."""
+    given = options.batch, options.default_fusions
+    return {label: Worker(_candidate, build, label, *given, keep_memory=True) for label in labels}
+
+
+def _candidate(build: Callable[[str, int], Training], label: str, batch: int, default_fusions: bool) -> Training:
+    if default_fusions:
+        Training.compiler_options = staticmethod(dict)
+    return build(label, batch)
+
+
+def torch_peers(makes: Mapping[str, Callable[[], torch_resnet.TrainStep]], batch: int) -> dict[str, Worker]:
+    """PyTorch's training steps, in a process of its own each, as installed and with memory :data:`KEPT`; or nothing."""
+    if not torch_resnet.available():
+        return {}
+    return {
+        f"{name}{KEPT * keep_memory}": Worker(_torch_candidate, make, batch, keep_memory=keep_memory)
+        for name, make in makes.items()
+        for keep_memory in (False, True)
+    }
+
+
+def _torch_candidate(make: Callable[[], torch_resnet.TrainStep], size: int) -> Callable[[], float]:
+    batch = random_batch(size)
+    images, labels = np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2)), batch["label"].astype(np.int64)
+    return functools.partial(make(), images, labels)
+
+
+def measure(workers: Mapping[str, Worker], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of a step of each by the clock and of processor time (all threads), interleaved.
+
+    :data:`IN_A_ROW` steps are timed together, as a training run does one after the other. Where others use the machine
+    too, processor time is what can be compared.
     """
-    used: dict[str, list[float]] = {name: [] for name in candidates}
+    used: dict[str, list[float]] = {name: [] for name in workers}
 
-    def watched(name: str, run: Callable[[], object]) -> Callable[[], None]:
+    def watched(name: str, run: Worker) -> Callable[[], None]:
         def several() -> None:
-            begin = time.process_time()
+            begin = run.processor
             for _ in range(IN_A_ROW):
                 run()
-            used[name].append((time.process_time() - begin) / IN_A_ROW)
+            used[name].append((run.processor - begin) / IN_A_ROW)
 
         return several
 
-    seconds = timing.interleaved({name: watched(name, run) for name, run in candidates.items()}, rounds)
+    seconds = timing.interleaved({name: watched(name, run) for name, run in workers.items()}, rounds)
     each = {name: value / IN_A_ROW for name, value in seconds.items()}
     return each, {name: statistics.median(values[1:]) for name, values in used.items()}  # the first warms up
 
 
 def table(
-    seconds: Mapping[str, float], processor: Mapping[str, float], made: Mapping[str, Any], peers: Mapping[str, str]
+    seconds: Mapping[str, float], processor: Mapping[str, float], made: Mapping[str, Worker], peers: Mapping[str, str]
 ) -> None:
     """Prints speed, the ratio to the PyTorch peer by clock and processor, planned memory, compile time of everyone."""
     for name, value in seconds.items():
@@ -177,9 +210,20 @@ def table(
         if (peer := peers.get(name)) in seconds:
             ratios = seconds[peer] / value, processor[peer] / processor[name]
             line += f"   {ratios[0]:5.2f} x {peer} ({ratios[1]:.2f} by processor)"
-        if isinstance(own := made.get(name), Training):
-            line += f"   temporary {own.temporary / 2**20:7.1f} MiB   compiled in {own.compile_seconds:5.1f} s"
+        if facts := made[name].facts:
+            line += (
+                f"   temporary {facts['temporary'] / 2**20:7.1f} MiB   compiled in {facts['compile_seconds']:5.1f} s"
+            )
         print(line)
+
+
+def against_peer(seconds: Mapping[str, float], processor: Mapping[str, float], peer: str) -> None:
+    """Prints the float step's ratio to ``peer``, as installed and with memory kept, by clock and by processor."""
+    for memory in ("", KEPT):
+        if peer + memory in seconds:
+            by_processor = processor[peer + memory] / processor["float"]
+            what = f"float, jaxvision over {peer}{memory} ({by_processor:.2f} by processor)"
+            verdict(what, seconds[peer + memory] / seconds["float"], 1, at_least=True)
 
 
 def verdict(what: str, value: float, limit: float, *, at_least: bool = False) -> None:

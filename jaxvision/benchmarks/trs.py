@@ -2,13 +2,13 @@
 
     python -m jaxvision.benchmarks.trs [--batch 256] [--rounds 5]
 
-Random images (the speed doesn't depend on them), everything in one run on one machine, PyTorch eager beside it where it
-is installed. The overhead is measured twice: as the difference of two whole training steps, which a busy machine
-blurs, and as the difference of the two optimizers' updates alone over a step. The last two lines are the steps of the
-method's arms, which log rates, distances and movements of the weights, with and without the detector of oscillation.
+Random images (the speed doesn't depend on them); every row in a process of its own, all in turns; PyTorch eager among
+them where it is installed, as it is and with jaxvision's setting of the C library's memory. The overhead is measured
+twice: as the difference of two whole training steps, which a busy machine blurs, and as the difference of the two
+optimizers' updates alone over a step. Two rows are the steps of the method's arms, which log rates, distances and
+movements of the weights, with and without the detector of oscillation.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +32,8 @@ BITS = Bits(2, 2)
 PEERS = {"float": "PyTorch float", "W2A2 + TRS": "PyTorch W2A2 + TRS"}
 ARMS = {"the arm sgdt": False, "the arm sgdt, oscillation": True}
 """Label -> whether oscillation is measured."""
+OPTIMIZERS = {"W2A2, SGD": "SGD", "W2A2 + TRS": "SGDT"}
+"""Label -> the latent weights' optimizer."""
 OVERHEAD, EXTRA_BYTES = 0.03, 1.0
 
 
@@ -99,29 +101,41 @@ def extra_bytes(network: QuantizedNetwork, params: Any) -> tuple[float, float]:
     return (arrays["SGDT"] - arrays["SGD"]) / weights, (scalars["SGDT"] - scalars["SGD"]) / len(kernels)
 
 
+def fitted(network: QuantizedNetwork, batch: Batch) -> Any:
+    """Variables with the scales fitted to the batch."""
+    fresh = jax.jit(network.init)(jax.random.key(0), batch["image"][:1])
+    return jax.jit(network.calibrate)(fresh, batch["image"])
+
+
+def build(label: str, size: int) -> Training:
+    """One row of the table."""
+    batch = training.random_batch(size)
+    if label == "float":
+        module = training.module()
+        start = jax.jit(module.init)(jax.random.key(0), batch["image"][:1])
+        return Training(module, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)
+    network = training.quantized("trs", BITS)
+    variables = fitted(network, batch)
+    if label in ARMS:
+        return arm(network, batch, variables, oscillation=ARMS[label])
+    return Training(network, transform(OPTIMIZERS[label]), batch, variables, extra_args=quantizers_of(network))
+
+
 def main() -> None:
     """Prints the table."""
     options = training.options(__doc__, batch=256, rounds=5)
-    batch, network = training.random_batch(options.batch), training.quantized("trs", BITS)
     print(f"ResNet-20, batch {options.batch}, {jax.devices()[0].device_kind}")
-    module = training.module()
-    start = jax.jit(module.init)(jax.random.key(0), batch["image"][:1])
-    fresh = jax.jit(network.init)(jax.random.key(0), batch["image"][:1])
-    fitted = jax.jit(network.calibrate)(fresh, batch["image"])
-    made: dict[str, Any] = {"float": Training(module, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)}
-    for label, name in (("W2A2, SGD", "SGD"), ("W2A2 + TRS", "SGDT")):
-        made[label] = Training(network, transform(name), batch, fitted, extra_args=quantizers_of(network))
-    for label, oscillation in ARMS.items():
-        made[label] = arm(network, batch, fitted, oscillation=oscillation)
-    if torch_resnet.available():
-        images = np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2))
-        labels = batch["label"].astype(np.int64)
-        for label, step in (("float", torch_resnet.float_step), ("W2A2 + TRS", torch_resnet.trs_step)):
-            made[PEERS[label]] = functools.partial(step(), images, labels)
+    made = training.candidates(build, ("float", *OPTIMIZERS, *ARMS), options)
+    steps = {"float": torch_resnet.float_step, "W2A2 + TRS": torch_resnet.trs_step}
+    made |= training.torch_peers({PEERS[label]: step for label, step in steps.items()}, options.batch)
     seconds, processor = training.measure(made, options.rounds)
     training.table(seconds, processor, made, PEERS)
+    for worker in made.values():
+        worker.close()
 
-    updates = {name: update_only(network, fitted["params"], name) for name in ("SGD", "SGDT")}
+    network = training.quantized("trs", BITS)
+    params = fitted(network, training.random_batch(options.batch))["params"]
+    updates = {name: update_only(network, params, name) for name in ("SGD", "SGDT")}
     alone = timing.interleaved(updates, 20 * options.rounds, rest=0)
     print(f"optimizer's update alone: SGD {1e3 * alone['SGD']:.2f} ms, SGDT {1e3 * alone['SGDT']:.2f} ms")
     whole = processor["W2A2 + TRS"] / processor["W2A2, SGD"] - 1
@@ -131,14 +145,10 @@ def main() -> None:
     )
     for label in ARMS:
         print(f"{label}: {processor[label] / processor['W2A2, SGD'] - 1:.3f} above W2A2, SGD by processor")
-    weight, tensor = extra_bytes(network, fitted["params"])
+    weight, tensor = extra_bytes(network, params)
     training.verdict("extra bytes a latent weight", weight, EXTRA_BYTES)
     print(f"extra bytes a latent tensor, in scalars: {tensor:.0f}")
-    if (peer := PEERS["float"]) in seconds:
-        for what, times in (("", seconds), (" by processor", processor)):
-            ratio = times[peer] / times["float"]
-            training.verdict(f"float, jaxvision over PyTorch eager{what}", ratio, 1, at_least=True)
-    print(training.peak_memory())
+    training.against_peer(seconds, processor, PEERS["float"])
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class Parallel(Protocol):
     ) -> Callable[..., Any]:
         """Compiles ``function(*replicated, batch)``: the last argument is a placed batch, the result replicated.
 
-        ``quickly``: spend less on optimising, for programs that run a few times (see :func:`compiler_options`).
+        As a training step of many (:func:`training_options`), or ``quickly``: spend less on optimising, for programs
+        that run a few times (:func:`compiler_options`).
         """
         ...
 
@@ -87,7 +88,7 @@ class JitParallel:
     def compile(
         self, function: Callable[..., Any], donate: tuple[int, ...] = (), *, quickly: bool = False
     ) -> Callable[..., Any]:
-        options = compiler_options(1) if quickly else None
+        options = compiler_options(1) if quickly else training_options()
         return jax.jit(function, donate_argnums=donate, out_shardings=self._replicated, compiler_options=options)
 
     def single(self, tree: Any) -> Any:
@@ -149,6 +150,17 @@ def compiler_options(level: int) -> dict[str, int]:
     transformer compiles in 60 % of the time and, measured on AVX2, runs no slower.
     """
     return {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else {}
+
+
+def training_options() -> dict[str, str]:
+    """On CPU: leave sums to YNN, XLA's experimental library of kernels, and nothing else; nothing on accelerators.
+
+    XLA's own choice (jaxlib 0.10) leaves products and some convolutions to YNN and computes sums itself. Training steps
+    of convolutional networks are full of sums over a batch and take up to 1.5 times as long with it
+    (``benchmarks.trs --default_fusions``); forward passes gain nothing.
+    """
+    reductions = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    return reductions if jax.default_backend() == "cpu" else {}
 
 
 def check_batch_size(batch_size: int, parallel: Parallel, what: str) -> None:

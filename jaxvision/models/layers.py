@@ -14,7 +14,8 @@ from flax import linen as nn
 
 from jaxvision.core import devices
 from jaxvision.core.errors import ConfigError, unknown
-from jaxvision.models.convolution import kept
+from jaxvision.models.convolution import Geometry, convolve
+from jaxvision.models.normalisation import batch_count, normalise, normalise_by_batch
 
 Initializer = Callable[..., jax.Array]
 Pair = int | tuple[int, int]
@@ -123,15 +124,8 @@ class Conv(nn.Module):
 
     def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The convolution without its bias; a method so that ``models.quantized`` can intercept it."""
-        return jax.lax.conv_general_dilated(
-            kept(x.astype(self.dtype)),
-            kernel.astype(self.dtype),
-            window_strides=pair(self.stride),
-            padding=[(p, p) for p in pair(self.padding)],
-            rhs_dilation=pair(self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        geometry = Geometry(pair(self.stride), pair(self.padding), pair(self.dilation), self.groups)
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), geometry)
 
 
 class Dense(nn.Module):
@@ -192,28 +186,15 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
-        if train and not self.is_initializing():
-            mean, var, count = batch_moments(x)
-            if self.is_mutable_collection("batch_stats"):
-                unbiased = var * (count / (count - 1))
-                running_mean.value += self.momentum * (jax.lax.stop_gradient(mean) - running_mean.value)
-                running_var.value += self.momentum * (jax.lax.stop_gradient(unbiased) - running_var.value)
-        else:
-            mean, var = running_mean.value, running_var.value
-        return ((x - mean) * (jax.lax.rsqrt(var + self.eps) * scale) + bias).astype(self.dtype)
-
-
-def batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-    """Mean [C], biased variance [C] and number of values a channel of float32 [..., C], over all devices."""
-    axes = tuple(range(x.ndim - 1))
-    count = devices.sum_over_devices(math.prod(x.shape[:-1]))
-    if count < 2:
-        raise ConfigError(
-            f"batch normalisation got {count} value per channel (input shape {x.shape}), whose variance is undefined; "
-            "train with a larger batch or larger images"
-        )
-    mean = devices.mean_over_devices(jnp.mean(x, axes))
-    return mean, devices.mean_over_devices(jnp.mean(jnp.square(x - mean), axes)), count
+        if not train or self.is_initializing():
+            return normalise(x, running_mean.value, running_var.value, scale, bias, self.eps).astype(self.dtype)
+        count = batch_count(x)
+        y, mean, var = normalise_by_batch(x, scale, bias, self.eps)
+        if self.is_mutable_collection("batch_stats"):
+            unbiased = var * (count / (count - 1))
+            running_mean.value += self.momentum * (jax.lax.stop_gradient(mean) - running_mean.value)
+            running_var.value += self.momentum * (jax.lax.stop_gradient(unbiased) - running_var.value)
+        return y.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):

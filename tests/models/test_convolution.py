@@ -1,5 +1,6 @@
-"""``kept``: the identity, and what XLA's CPU backend makes of a network with and without it."""
+"""The convolution for CPUs against the plain one, and what XLA makes of a network with and without ``kept``."""
 
+import functools
 import re
 
 import jax
@@ -9,7 +10,73 @@ import pytest
 from flax import linen as nn
 
 from jaxvision.models import layers
-from jaxvision.models.convolution import kept
+from jaxvision.models.convolution import Geometry, convolve, kept
+
+
+def plain(x, kernel, geometry):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        geometry.stride,
+        [(p, p) for p in geometry.padding],
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=geometry.groups,
+    )
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+GEOMETRIES = {
+    "3x3": ((9, 8), (3, 3), Geometry((1, 1), (1, 1))),
+    "3x3 by 2, even": ((8, 8), (3, 3), Geometry((2, 2), (1, 1))),
+    "3x3 by 2, odd": ((9, 7), (3, 3), Geometry((2, 2), (1, 1))),
+    "3x3 by 2, no padding": ((9, 8), (3, 3), Geometry((2, 2))),
+    "7x7 by 2": ((16, 13), (7, 7), Geometry((2, 2), (3, 3))),
+    "2x2 by 2": ((8, 9), (2, 2), Geometry((2, 2))),
+    "2x5 by 1 and 3": ((7, 11), (2, 5), Geometry((1, 3), (0, 2))),
+    "3x2 by 5, gaps": ((13, 12), (3, 2), Geometry((5, 5), (2, 1))),
+    "4x4 by 3, much padding": ((5, 6), (4, 4), Geometry((3, 3), (4, 5))),
+    "1x1 by 2": ((8, 7), (1, 1), Geometry((2, 2))),
+    "groups": ((8, 8), (3, 3), Geometry((2, 2), (1, 1), (1, 1), 2)),
+    "dilation": ((9, 9), (3, 3), Geometry((2, 2), (2, 2), (2, 2))),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_convolve_is_the_plain_convolution_with_its_derivatives(name):
+    size, field, geometry = GEOMETRIES[name]
+    x, kernel = draw(2, *size, 4), draw(*field, 4 // geometry.groups, 6, seed=1)
+    directions = draw(*x.shape, seed=2), draw(*kernel.shape, seed=3)
+
+    def all_of(convolution):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(convolution(x, kernel, geometry)))
+
+        gradient = jax.grad(loss, (0, 1))
+        forward = jax.jvp(lambda x, kernel: convolution(x, kernel, geometry), (x, kernel), directions)
+        return *forward, gradient(x, kernel), jax.jvp(gradient, (x, kernel), directions)[1]
+
+    (y, *derivatives), (y_plain, *of_plain) = (jax.jit(lambda form=form: all_of(form))() for form in (convolve, plain))
+    np.testing.assert_array_equal(y, y_plain)
+    for one, other in zip(jax.tree.leaves(derivatives), jax.tree.leaves(of_plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize(("backend", "zeros"), [("cpu", False), ("tpu", True)])
+def test_on_a_cpu_no_gradient_has_zeros_between_its_pixels(monkeypatch, backend, zeros):
+    """An accelerator's libraries know the strided gradient, so the convolution stays as it is there."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    geometry = Geometry((2, 2), (1, 1))
+
+    def loss(x, kernel):
+        return jnp.sum(convolve(x, kernel, geometry) ** 2)
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(draw(2, 8, 8, 3), draw(3, 3, 3, 4)))
+    assert ("lhs_dilation=(2, 2)" in text) == zeros
+    assert ("select_n" in text) != zeros
 
 
 def test_kept_is_the_identity_to_the_bit():
@@ -49,10 +116,7 @@ def transposing_fusions(product):
 def test_xla_transposes_a_kept_input_and_nothing_else(helped):
     """Without :func:`kept` it computes the rectifiers again in the transposing loop: where that ends, kept can go."""
     layer = layers.Conv(8, 3, padding=1, use_bias=False)
-
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    fusions = transposing_fusions(layer.product if helped else plain)
+    alone = functools.partial(plain, geometry=Geometry(padding=(1, 1)))
+    fusions = transposing_fusions(layer.product if helped else alone)
     assert fusions
     assert any(" maximum(" in text for text in fusions) != helped
