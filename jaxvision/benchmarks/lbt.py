@@ -23,6 +23,13 @@ from jaxvision.quant import interval
 BITS = Bits(4, 4, 4)
 ALPHA = 1e-3
 PEERS = {"float": "PyTorch float", "4/4/4 fake": "PyTorch 4/4/4", "4/4/4 int": "PyTorch 4/4/4"}
+FORMS = {
+    "W4A4": (Bits(4, 4), "fake"),
+    "4/4/4 fake": (BITS, "fake"),
+    "4/4/4 int": (BITS, "int"),
+    "4/4/4 fake, gamma fixed": (BITS, "fake"),
+}
+"""Label -> bits and execution."""
 OVERHEAD, RESIDUALS = 0.02, 0.35
 
 
@@ -62,15 +69,6 @@ def network_residuals(network: Any, batch: int) -> int:
     return training.residual_bytes(forward, variables, x)
 
 
-FORMS = {
-    "W4A4": (Bits(4, 4), "fake"),
-    "4/4/4 fake": (BITS, "fake"),
-    "4/4/4 int": (BITS, "int"),
-    "4/4/4 fake, gamma fixed": (BITS, "fake"),
-}
-"""Label -> bits and execution."""
-
-
 def quantized(label: str) -> QuantizedNetwork:
     """The network of a row of the table."""
     return training.quantized("lbt", *FORMS[label])
@@ -79,10 +77,9 @@ def quantized(label: str) -> QuantizedNetwork:
 def build(label: str, size: int) -> Training:
     """A row of the table."""
     batch = training.random_batch(size)
-    module, network = training.module(), quantized("4/4/4 fake")
     if label == "float":
-        start = jax.jit(module.init)(jax.random.key(0), batch["image"][:1])
-        return Training(module, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)
+        return training.in_float(batch)
+    network = quantized("4/4/4 fake")
     fresh = jax.jit(network.init)(jax.random.key(0), batch["image"][:1])
     fitted = jax.jit(network.calibrate)(fresh, batch["image"])
     fitted["interval"] = trees.map_named(lambda _, leaf: leaf.at[0].set(0.7), fitted["interval"])
@@ -112,10 +109,7 @@ def main() -> None:
     sizes = {name: layer_residuals(name, options.batch) / 2**20 for name in ("fake", "int")}
     print(f"residuals of a layer: fake {sizes['fake']:.2f} MiB, int {sizes['int']:.2f} MiB")
     training.verdict("residuals of a layer, int over fake", sizes["int"] / sizes["fake"], RESIDUALS)
-    networks = {
-        "float": training.module(),
-        **{label: quantized(label) for label in ("W4A4", "4/4/4 fake", "4/4/4 int")},
-    }
+    networks = {"float": training.module(), **{label: quantized(label) for label in FORMS if "fixed" not in label}}
     found = {label: network_residuals(network, options.batch) / 2**20 for label, network in networks.items()}
     print("residuals of the network: " + ", ".join(f"{label} {size:.1f} MiB" for label, size in found.items()))
     training.verdict("residuals of the network, int over fake", found["4/4/4 int"] / found["4/4/4 fake"], RESIDUALS)

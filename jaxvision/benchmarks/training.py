@@ -118,6 +118,13 @@ class Training:
         return jax.block_until_ready(self.state)
 
 
+def in_float(batch: Batch) -> Training:
+    """The float network's, with momentum and weight decay."""
+    network = module()
+    start = jax.jit(network.init)(jax.random.key(0), batch["image"][:1])
+    return Training(network, optimizers.sgd(LR, MOMENTUM, weight_decay=DECAY), batch, start)
+
+
 def residual_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     """Bytes of everything that ``jax.vjp`` keeps of ``function`` for its backward pass, each array once.
 
@@ -211,9 +218,8 @@ def table(
             ratios = seconds[peer] / value, processor[peer] / processor[name]
             line += f"   {ratios[0]:5.2f} x {peer} ({ratios[1]:.2f} by processor)"
         if facts := made[name].facts:
-            line += (
-                f"   temporary {facts['temporary'] / 2**20:7.1f} MiB   compiled in {facts['compile_seconds']:5.1f} s"
-            )
+            line += f"   temporary {facts['temporary'] / 2**20:7.1f} MiB"
+            line += f"   compiled in {facts['compile_seconds']:5.1f} s"
         print(line)
 
 

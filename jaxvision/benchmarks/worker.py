@@ -1,5 +1,6 @@
 """A candidate of a benchmark in a process of its own: with its library's defaults, its own memory and threads."""
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], argument
         host_memory.keep_freed_memory()
     run = make(*arguments)
     pipe.send(getattr(run, "facts", {}))
-    while pipe.recv():
-        begin = time.process_time()
-        run()
-        pipe.send(time.process_time() - begin)
+    with contextlib.suppress(EOFError):  # The benchmark ended early.
+        while pipe.recv():
+            begin = time.process_time()
+            run()
+            pipe.send(time.process_time() - begin)

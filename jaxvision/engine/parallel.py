@@ -5,6 +5,7 @@ Both modes run the same step function. Under ``jit`` arrays are global, the batc
 copy of the state behind a leading axis and the reductions of :mod:`jaxvision.core.devices` become collectives.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -156,11 +157,13 @@ def training_options() -> dict[str, str]:
     """On CPU: leave sums to YNN, XLA's experimental library of kernels, and nothing else; nothing on accelerators.
 
     XLA's own choice (jaxlib 0.10) leaves products and some convolutions to YNN and computes sums itself. Training steps
-    of convolutional networks are full of sums over a batch and take up to 1.5 times as long with it
-    (``benchmarks.trs --default_fusions``); forward passes gain nothing.
+    of convolutional networks are full of sums over a batch and take a quarter to a half longer with it
+    (``benchmarks.trs --default_fusions``), those of transformers don't. A choice in ``XLA_FLAGS`` stays.
     """
-    reductions = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    return reductions if jax.default_backend() == "cpu" else {}
+    option = "xla_cpu_experimental_ynn_fusion_type"
+    if jax.default_backend() != "cpu" or option in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return {option: "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def check_batch_size(batch_size: int, parallel: Parallel, what: str) -> None:
