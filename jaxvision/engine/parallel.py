@@ -154,10 +154,10 @@ def compiler_options(level: int) -> dict[str, int]:
 
 
 def training_options() -> dict[str, str]:
-    """On CPU: leave sums to YNN, XLA's experimental library of kernels, and nothing else; nothing on accelerators.
+    """On CPU: leave nothing but sums to YNN, XLA's experimental library of kernels; nothing on accelerators.
 
-    XLA's own choice (jaxlib 0.10) leaves products and some convolutions to YNN and computes sums itself. Training steps
-    of convolutional networks are full of sums over a batch and take a quarter to a half longer with it
+    XLA's own choice (jaxlib 0.10.2) leaves convolutions and matrix products to it as well, but it computes a
+    convolution on one thread: training steps of convolutional networks take a quarter to a half longer on two cores
     (``benchmarks.trs --default_fusions``), those of transformers don't. A choice in ``XLA_FLAGS`` stays.
     """
     option = "xla_cpu_experimental_ynn_fusion_type"
