@@ -101,7 +101,7 @@ def base(data: ConfigDict, model: ConfigDict, **engine) -> ConfigDict:
 def digits() -> ConfigDict:
     """Section 10.1 of the specification: 16x16 digits, 64 patches and a class token, 96 to 98 %.
 
-    12 epochs instead of the specification's 18 keep the whole table under five minutes; with 18 the effect at 3 bits
+    12 epochs instead of the specification's 18 keep the whole table to about six minutes; with 18 the effect at 3 bits
     is larger (``train.epochs=18.0``, ``train.optimizer.schedule.warmup_epochs=1.8``).
     """
     config = base(

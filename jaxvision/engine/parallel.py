@@ -156,9 +156,10 @@ def compiler_options(level: int) -> dict[str, int]:
 def training_options() -> dict[str, str]:
     """On CPU: leave nothing but sums to YNN, XLA's experimental library of kernels; nothing on accelerators.
 
-    XLA's own choice (jaxlib 0.10.2) leaves convolutions and matrix products to it as well, but it computes a
-    convolution on one thread: training steps of convolutional networks take a quarter to a half longer on two cores
-    (``benchmarks.trs --default_fusions``), those of transformers don't. A choice in ``XLA_FLAGS`` stays.
+    XLA's own choice (jaxlib 0.10.2) leaves convolutions and matrix products to it as well, but YNN computes a
+    convolution on one thread: by the clock of two cores a ResNet-20's training step takes a quarter to two fifths
+    longer with it (``benchmarks.trs --default_fusions``; as much processor time). A MobileNetV2's takes as long, and a
+    small vision transformer's is up to a fifth faster with XLA's choice. A choice in ``XLA_FLAGS`` stays.
     """
     option = "xla_cpu_experimental_ynn_fusion_type"
     if jax.default_backend() != "cpu" or option in os.environ.get("XLA_FLAGS", ""):

@@ -1,7 +1,6 @@
 """A convolution that XLA's CPU backend differentiates without detours; on accelerators the convolution as it is.
 
-The forms for CPUs are sums of the same products, so they agree with the plain one to rounding (the result and the
-kernel's gradient to the bit). ``benchmarks.trs`` measures them in a ResNet-20.
+The forms for CPUs are sums of the same products, so they agree with the plain one to rounding.
 """
 
 import functools
