@@ -139,7 +139,7 @@ def main() -> None:
     training.verdict(
         "overhead, two updates over a step", (alone["SGDT"] - alone["SGD"]) / seconds["W2A2, SGD"], OVERHEAD
     )
-    # In one process: between processes such steps differed by 15 % in one run and by 0 and 2 % in two others.
+    # In one process: between processes such steps differed by 15 % in one run and by nothing in another.
     pair = {label: build(label, options.batch) for label in (*OPTIMIZERS, *ARMS)}
     whole = timing.processor_seconds(pair, 2 * options.rounds)
     over = {label: value / whole["W2A2, SGD"] - 1 for label, value in whole.items()}
